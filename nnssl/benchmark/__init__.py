@@ -1,0 +1,1 @@
+"""Performance measured side by side, as ratios: python -m nnssl.benchmark."""

@@ -1,0 +1,38 @@
+"""What every command shares: errors in one line, exit codes, the check for a foreign ``nnssl``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+
+from nnssl.errors import UserError
+
+
+def run_command(
+    name: str,
+    build_parser: Callable[[], argparse.ArgumentParser],
+    execute: Callable[[argparse.Namespace], int | None],
+    argv: Sequence[str] | None = None,
+) -> int:
+    """Parse ``argv``, call ``execute`` and turn a :class:`UserError` into one line on stderr and exit code 2.
+
+    ``build_parser`` must not import anything heavy, so that ``--help`` answers at once. ``--debug`` is added here.
+    """
+    parser = build_parser()
+    parser.prog = name
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    args = parser.parse_args(argv)
+    try:
+        from nnssl.environment import check_environment  # detects a foreign nnssl
+
+        check_environment()
+        return execute(args) or 0
+    except UserError as error:
+        if args.debug:
+            raise
+        print(f"{name}: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"{name}: interrupted", file=sys.stderr)
+        return 130

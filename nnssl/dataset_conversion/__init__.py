@@ -1,0 +1,1 @@
+"""Folders and public data sets -> nnU-Net raw data sets. Loads no torch."""

@@ -1,0 +1,1 @@
+"""Noise schedules and the forward process, dimension-agnostic and in fp32."""

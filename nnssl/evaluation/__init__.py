@@ -1,0 +1,1 @@
+"""Metrics in mm and paired comparisons. Loads no torch."""

@@ -1,0 +1,1 @@
+"""Prediction on folders of scans."""

@@ -1,0 +1,1 @@
+"""Layers and networks, in 2D and 3D."""

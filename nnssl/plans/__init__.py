@@ -1,0 +1,1 @@
+"""Planning from labeled cases, preprocessing of unlabeled ones, splits and the manifest."""

@@ -1,0 +1,1 @@
+"""Trainers: the base and one file per method."""

@@ -1,0 +1,1 @@
+"""Reusable state of methods: EMA, ramps, memory bank, label space."""
