@@ -1,0 +1,12 @@
+"""Re-exports nnssl's trainers for nnU-Net's ``nnUNet_extTrainer`` look-up. Holds nothing else.
+
+nnU-Net imports the files of this folder as flat modules and forgets them again. Re-exporting keeps one identity
+for each class, so that look-ups agree and objects pickle.
+"""
+
+from nnssl.trainers.cps import CPSTrainer
+from nnssl.trainers.diffcl import DiffCLTrainer
+from nnssl.trainers.mean_teacher import MeanTeacherTrainer
+from nnssl.trainers.supervised import SupervisedTrainer
+
+__all__ = ["CPSTrainer", "DiffCLTrainer", "MeanTeacherTrainer", "SupervisedTrainer"]

@@ -1,0 +1,102 @@
+"""The trainers that exist, as metadata that loads no torch."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from nnssl.errors import UserError, nearest
+
+
+@dataclass(frozen=True)
+class TrainerInfo:
+    """What is known of a trainer without importing it.
+
+    Args:
+        module: dotted module that defines the class of the same name.
+        method: name of the method in the literature.
+        paper: where it was published.
+        family: mechanism, in the field's words.
+        step_cost: counted cost of a step in supervised steps, with as many unlabeled as labeled items.
+        memory_factor: memory in units of the supervised trainer at the same plan.
+        predicts: which network the checkpoint's ``network_weights`` hold.
+    """
+
+    module: str
+    method: str
+    paper: str
+    family: str
+    step_cost: float
+    memory_factor: float
+    predicts: str
+
+
+#: One entry a trainer, in alphabetical order; a test holds modules, registry and documentation pages together.
+TRAINERS: dict[str, TrainerInfo] = {
+    "CPSTrainer": TrainerInfo(
+        "nnssl.trainers.cps",
+        "Cross pseudo supervision",
+        "Chen et al., CVPR 2021",
+        "two peers, hard pseudo-labels",
+        4.0,
+        2.2,
+        "the first network",
+    ),
+    "DiffCLTrainer": TrainerInfo(
+        "nnssl.trainers.diffcl",
+        "Diff-CL",
+        "Guo et al., arXiv 2503.09408",
+        "diffusion and convolutional network, cross pseudo-supervision",
+        4.0,
+        2.6,
+        "the convolutional network CS",
+    ),
+    "MeanTeacherTrainer": TrainerInfo(
+        "nnssl.trainers.mean_teacher",
+        "Mean teacher",
+        "Tarvainen and Valpola, NeurIPS 2017",
+        "EMA teacher, consistency",
+        7 / 3,
+        1.3,
+        "the student",
+    ),
+    "SupervisedTrainer": TrainerInfo(
+        "nnssl.trainers.supervised",
+        "Supervised control",
+        "Isensee et al., Nature Methods 2021",
+        "labeled cases only, same budget",
+        1.0,
+        1.0,
+        "the network",
+    ),
+}
+
+
+def trainer_info(name: str) -> TrainerInfo:
+    """Return the entry of a trainer.
+
+    Raises:
+        UserError: for a name that is not registered, with the nearest ones.
+    """
+    if name not in TRAINERS:
+        raise UserError("-tr must name an nnssl trainer", repr(name), nearest(name, TRAINERS), "see nnssl_info trainers")
+    return TRAINERS[name]
+
+
+def trainer_class(name: str) -> type:
+    """Import and return a trainer class (loads torch and nnU-Net)."""
+    return getattr(importlib.import_module(trainer_info(name).module), name)
+
+
+def shim_folder() -> Path:
+    """Return the folder for nnU-Net's variable ``nnUNet_extTrainer``: it only re-exports our trainers."""
+    return Path(__file__).parent / "nnunet_ext"
+
+
+def expose_to_nnunet() -> None:
+    """Append the shim to ``nnUNet_extTrainer``, so that stock look-ups find our trainers (children inherit it)."""
+    folders = [f for f in os.environ.get("nnUNet_extTrainer", "").split(os.pathsep) if f]
+    if str(shim_folder()) not in folders:
+        os.environ["nnUNet_extTrainer"] = os.pathsep.join([*folders, str(shim_folder())])
