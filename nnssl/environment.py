@@ -1,7 +1,50 @@
-"""Checks of the Python environment."""
+"""Checks of the Python environment. Loads no torch."""
 
 from __future__ import annotations
 
+from importlib import metadata
+from importlib.util import find_spec
+
+from nnssl.errors import UserError
+
+#: The distribution MIC-DKFZ's self-supervised package installs as; ours is ``nnssl-semi``.
+FOREIGN_DISTRIBUTION = "nnssl"
+#: A sub-package that only MIC-DKFZ's ``nnssl`` has. Inside our package folder it means the two were merged there.
+FOREIGN_MODULE = "nnssl.ssl_data"
+
+
+def find_foreign_nnssl() -> str | None:
+    """Say which other project's ``nnssl`` this environment holds, or return None.
+
+    Looks up one distribution by name and one sub-package by path; it does not scan the environment.
+    """
+    try:
+        foreign = metadata.distribution(FOREIGN_DISTRIBUTION)
+    except metadata.PackageNotFoundError:
+        pass
+    else:
+        return f"the distribution {FOREIGN_DISTRIBUTION} {foreign.version} in {foreign.locate_file('')}"
+    spec = find_spec(FOREIGN_MODULE)
+    if spec is not None:
+        return f"{FOREIGN_MODULE} in {next(iter(spec.submodule_search_locations or []), spec.origin)}"
+    return None
+
 
 def check_environment() -> None:
-    """Refuse to run beside the self-supervised ``nnssl`` of MIC-DKFZ."""
+    """Refuse to run beside the self-supervised ``nnssl`` of MIC-DKFZ.
+
+    Both projects install a package ``nnssl`` and commands such as ``nnssl_train``; in one environment each
+    silently overwrites files of the other.
+
+    Raises:
+        UserError: if the other project's ``nnssl`` is found.
+    """
+    foreign = find_foreign_nnssl()
+    if foreign is not None:
+        raise UserError(
+            "this is nnssl-semi (semi-supervised training for nnU-Net), and it cannot share an environment with "
+            "MIC-DKFZ's nnssl (self-supervised pre-training), which installs a package and commands of the same name",
+            foreign,
+            None,
+            "install each of the two in a virtual environment of its own",
+        )
