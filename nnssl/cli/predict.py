@@ -1,0 +1,113 @@
+"""``nnssl_predict``: masks for a folder of images, on each image's own grid."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from nnssl.cli._common import run_command
+from nnssl.errors import UserError
+
+DESCRIPTION = """Predict a folder of images with a trained model.
+
+The model is named by -d, -c and -tr (and -p, --run), or by its folder with -m.
+The masks equal those of nnUNetv2_predict."""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser; loads nothing heavy."""
+    parser = argparse.ArgumentParser(description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("-i", required=True, metavar="DIR", help="images CASE_0000.ending, one file a channel")
+    parser.add_argument("-o", required=True, metavar="DIR", help="folder for the masks; created when absent")
+    model = parser.add_argument_group("the model")
+    model.add_argument("-d", metavar="ID", help="data set id or name")
+    model.add_argument("-c", metavar="CONFIG", help="configuration, such as 2d or 3d_fullres")
+    model.add_argument("-tr", metavar="TRAINER", help="trainer the model was trained with")
+    model.add_argument("-p", default="nnUNetPlans", metavar="PLANS", help="plans name (default: %(default)s)")
+    model.add_argument("--run", metavar="NAME", help="name of the run, if it was trained with one")
+    model.add_argument("-m", metavar="MODEL_FOLDER", help="TRAINER__PLANS__CONFIG folder, instead of -d, -c and -tr")
+    model.add_argument("-f", nargs="+", default=["all"], metavar="FOLD", help="folds to average (default: all)")
+    model.add_argument("-chk", default="checkpoint_final.pth", metavar="FILE", help="checkpoint (default: %(default)s)")
+    how = parser.add_argument_group("how to predict")
+    how.add_argument("-step_size", type=float, default=0.5, help="tile distance in patch sizes (default: %(default)s)")
+    how.add_argument("--disable_tta", action="store_true", help="no mirroring: faster, a little less accurate")
+    how.add_argument("--save_probabilities", action="store_true", help="also write CASE.npz with class probabilities")
+    how.add_argument("--continue_prediction", action="store_true", help="skip cases whose mask exists")
+    how.add_argument("-device", metavar="DEVICE", help="cuda, mps or cpu (default: the best there is)")
+    npp, nps = _count("nnUNet_npp"), _count("nnUNet_nps")
+    how.add_argument(
+        "-npp",
+        type=int,
+        default=npp,
+        metavar="N",
+        help="preprocessing processes; -npp 0 -nps 0: no workers (default: %(default)s)",
+    )
+    how.add_argument("-nps", type=int, default=nps, metavar="N", help="export processes (default: %(default)s)")
+    how.add_argument("--not_on_device", action="store_true", help="collect logits in main memory (large images)")
+    how.add_argument("--disable_progress_bar", action="store_true", help="no progress bars")
+    how.add_argument("--verbose", action="store_true", help="report what nnU-Net does")
+    return parser
+
+
+def _count(name: str, default: int = 3) -> int:
+    text = os.environ.get(name, "")
+    return int(text) if text.isdigit() else default
+
+
+def execute(args: argparse.Namespace) -> int:
+    """Resolve the model, check the inputs, predict."""
+    from nnssl.inference.inputs import list_inputs, prepare_output
+    from nnssl.inference.models import load_model
+
+    model = load_model(_model_folder(args), args.f, args.chk)
+    cases = list_inputs(Path(args.i), model.file_ending, model.channels)  # before torch takes seconds to load
+    prepare_output(Path(args.o), Path(args.i))
+    from nnssl.inference.predict import PredictOptions, best_device, predict_folder
+
+    options = PredictOptions(
+        step_size=args.step_size,
+        mirroring=not args.disable_tta,
+        save_probabilities=args.save_probabilities,
+        overwrite=not args.continue_prediction,
+        preprocessing_processes=args.npp,
+        export_processes=args.nps,
+        on_device=not args.not_on_device,
+        progress=sys.stderr.isatty() and not args.disable_progress_bar,
+        verbose=args.verbose,
+    )
+    device = best_device(args.device)
+    folds = " ".join(map(str, model.folds))
+    print(f"nnssl_predict: {len(cases)} cases, {model.folder.name}, fold {folds}, {device.type}")
+    print("Please cite nnU-Net (Isensee et al., Nature Methods 2021) and the method (nnssl_info trainers).", flush=True)
+    predict_folder(model, Path(args.i), Path(args.o), options, device)
+    print(f"nnssl_predict: masks of {len(cases)} cases are in {args.o}")
+    return 0
+
+
+def _model_folder(args: argparse.Namespace) -> Path:
+    named = {"-d": args.d, "-c": args.c, "-tr": args.tr, "--run": args.run}
+    given = [flag for flag, value in named.items() if value is not None]
+    if args.m:
+        if given:
+            raise UserError(
+                "a model is named by -m or by -d, -c and -tr", f"-m and {' '.join(given)}", "one of the two"
+            )
+        return Path(args.m)
+    missing = [flag for flag, value in named.items() if value is None and flag != "--run"]
+    if missing:
+        raise UserError("a model is named by -d, -c and -tr, or by -m", f"no {' '.join(missing)}", None, "add them")
+    from nnssl.inference.models import find_model_folder
+
+    return find_model_folder(args.d, args.tr, args.p, args.c, args.run)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run ``nnssl_predict``."""
+    return run_command("nnssl_predict", build_parser, execute, argv)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

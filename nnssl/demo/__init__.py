@@ -1,0 +1,1 @@
+"""The self-contained demonstration: invented scans, the whole chain on them, a report."""

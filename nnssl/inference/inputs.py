@@ -1,0 +1,94 @@
+"""Check the images to predict and the output folder before a model is loaded. Loads no torch."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from nnssl.errors import UserError
+
+#: Endings whose header SimpleITK reads without decoding the voxels.
+HEADER_ENDINGS = (".nii.gz", ".nii", ".nrrd", ".mha", ".mhd")
+
+
+def list_inputs(folder: Path, file_ending: str, channels: int) -> dict[str, list[str]]:
+    """Return ``{case: channel files in order}`` of a folder of images ``CASE_0000.ending``.
+
+    Args:
+        folder: the input folder.
+        file_ending: ending of the training data set, such as ``.nii.gz``.
+        channels: number of channels the model was trained with.
+
+    Raises:
+        UserError: for a missing folder, no image, cases with missing or surplus channels, unreadable headers.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError("-i must name a folder", f"no {folder}", None, "check the path")
+    pattern = re.compile(r"(.+)_(\d{4})" + re.escape(file_ending))
+    found: dict[str, dict[int, str]] = {}
+    for path in sorted(folder.iterdir()):
+        match = pattern.fullmatch(path.name)
+        if match and not path.name.startswith("."):
+            found.setdefault(match[1], {})[int(match[2])] = str(path)
+    if not found:
+        others = sorted(p.name for p in folder.iterdir() if p.is_file() and not p.name.startswith("."))
+        got = f"{others[0]} and the like" if others else "an empty folder"
+        allowed = f"CASE_0000{file_ending}, one file a channel"
+        raise UserError("-i must hold images named as in training", f"{got} in {folder}", allowed, "rename the files")
+    _require_channels(found, channels)
+    cases = {case: [files[c] for c in sorted(files)] for case, files in found.items()}
+    _require_headers(cases, file_ending)
+    return cases
+
+
+def _require_channels(found: dict[str, dict[int, str]], channels: int) -> None:
+    wrong = {case: sorted(files) for case, files in found.items() if sorted(files) != list(range(channels))}
+    if wrong:
+        named = [f"{case} (has {', '.join(f'{c:04d}' for c in have)})" for case, have in wrong.items()]
+        allowed = "0000" if channels == 1 else f"0000 to {channels - 1:04d}"
+        remedy = "add the missing channels or move these cases away"
+        raise UserError(f"every case needs the channels of training ({channels})", _some(named), allowed, remedy)
+
+
+def _require_headers(cases: dict[str, list[str]], file_ending: str) -> None:
+    if file_ending not in HEADER_ENDINGS:
+        return
+    import SimpleITK
+
+    broken = []
+    reader = SimpleITK.ImageFileReader()
+    for case, files in cases.items():
+        try:
+            for file in files:
+                reader.SetFileName(file)
+                reader.ReadImageInformation()
+        except RuntimeError:
+            broken.append(case)
+    if broken:
+        raise UserError("every image must be readable", _some(broken), None, "repair these files or move them away")
+
+
+def _some(names: list[str], limit: int = 10) -> str:
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+
+
+def prepare_output(folder: Path, inputs: Path) -> None:
+    """Create the output folder and make sure that it can be written.
+
+    Raises:
+        UserError: if it can't, or if it is the input folder.
+    """
+    folder = Path(folder)
+    if folder.exists() and folder.resolve() == Path(inputs).resolve():
+        raise UserError("-o must be another folder than -i", folder, None, "choose a folder of its own")
+    probe = folder / f".nnssl_write_test_{os.getpid()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.write_bytes(b"x")
+        probe.unlink()
+    except OSError as error:
+        raise UserError(
+            "-o must be a writable folder", f"{folder}: {error}", None, "choose another or mend it"
+        ) from error
