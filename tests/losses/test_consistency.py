@@ -1,0 +1,81 @@
+import pytest
+import torch
+
+from nnssl.losses.consistency import cross_pseudo_supervision, probability_mse, softmax_mse
+
+
+def toy(seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    a, b = (torch.randn(2, 3, 4, 5, generator=generator, dtype=torch.float64) for _ in range(2))
+    valid = torch.rand(2, 1, 4, 5, generator=generator) > 0.5
+    return a, b, valid
+
+
+def test_mse_equals_the_literal_mean_over_valid_voxels_and_channels():
+    a, b, valid = toy()
+    p, q = a.sigmoid(), b.sigmoid()
+    terms = [
+        (float(p[i, c, y, x]) - float(q[i, c, y, x])) ** 2
+        for i in range(2)
+        for c in range(3)
+        for y in range(4)
+        for x in range(5)
+        if valid[i, 0, y, x]
+    ]
+    assert float(probability_mse(p, q, valid)) == pytest.approx(sum(terms) / len(terms), rel=1e-12)
+    assert float(probability_mse(p, q)) == pytest.approx(float(torch.nn.functional.mse_loss(p, q)), rel=1e-12)
+
+
+def test_softmax_mse_is_the_mse_of_the_softmax():
+    a, b, valid = toy()
+    p, q = (x.exp() / x.exp().sum(1, keepdim=True) for x in (a, b))
+    assert float(softmax_mse(a, q, valid)) == pytest.approx(float(probability_mse(p, q, valid)), rel=1e-12)
+
+
+def test_mse_is_symmetric_and_zero_only_at_agreement():
+    a, b, valid = toy()
+    p, q = a.softmax(1), b.softmax(1)
+    assert float(probability_mse(p, p, valid)) == 0
+    assert float(probability_mse(p, q, valid)) > 0
+    assert float(probability_mse(p, q, valid)) == pytest.approx(float(probability_mse(q, p, valid)), rel=1e-12)
+
+
+def test_no_gradient_reaches_the_teacher():
+    a, b, valid = toy()
+    a.requires_grad_()
+    b.requires_grad_()
+    softmax_mse(a, b.softmax(1), valid).backward()
+    assert b.grad is None
+    assert a.grad[~valid.expand_as(a)].abs().max() == 0
+    assert a.grad[valid.expand_as(a)].abs().max() > 0
+
+
+def test_without_a_valid_voxel_losses_are_zero_and_differentiable():
+    a, b, valid = toy()
+    a.requires_grad_()
+    nothing = torch.zeros_like(valid)
+    loss = softmax_mse(a, b.softmax(1), nothing) + cross_pseudo_supervision(a, b.argmax(1), nothing)
+    loss.backward()
+    assert float(loss) == 0
+    assert a.grad.abs().max() == 0
+
+
+def test_cross_pseudo_supervision_rewards_agreement():
+    a, _, valid = toy()
+    own, other = a.argmax(1, keepdim=True), a.argmin(1, keepdim=True)
+    log_probs = a.log_softmax(1).gather(1, own)[valid]
+    assert float(cross_pseudo_supervision(a, own, valid)) == pytest.approx(-float(log_probs.mean()), rel=1e-12)
+    assert cross_pseudo_supervision(a, own, valid) < cross_pseudo_supervision(a, other, valid)
+
+
+def test_half_precision_gives_finite_single_precision():
+    a, b, valid = toy()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = softmax_mse((a * 1e4).half(), b.softmax(1).bfloat16(), valid)
+    assert loss.dtype == torch.float32
+    assert torch.isfinite(loss)
+
+
+def test_shapes_must_agree():
+    with pytest.raises(ValueError, match="shape"):
+        probability_mse(torch.rand(1, 2, 3), torch.rand(1, 1, 3))
