@@ -26,7 +26,8 @@ else:
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "nnssl"
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("documentation/**/*.md")])
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+PROJECT = PYPROJECT["project"]
 
 #: Modules that lie in the package's root folder, such as ``errors``: below all, and free of torch.
 FOUNDATION = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__"}
@@ -152,7 +153,7 @@ def test_no_circle_of_parts():
             break
         for name in done:
             del edges[name]
-    assert not edges
+    assert not {name: targets & set(edges) for name, targets in edges.items()}
 
 
 def method_modules() -> set[str]:
@@ -319,6 +320,16 @@ def test_package_data_is_strict_json():
     for path in PACKAGE.rglob("*.json"):
         text = path.read_text(encoding="utf-8")
         json.loads(text, object_pairs_hook=refuse_duplicates, parse_constant=refuse_constant)
+
+
+def test_every_file_of_the_package_is_shipped():
+    """setuptools takes modules of folders with an __init__.py, and other files only where package-data says so."""
+    shipped = {
+        path for pattern in PYPROJECT["tool"]["setuptools"]["package-data"]["nnssl"] for path in PACKAGE.glob(pattern)
+    }
+    shipped |= {path for path in PACKAGE.rglob("*.py") if (path.parent / "__init__.py").is_file()}
+    present = {path for path in PACKAGE.rglob("*") if path.is_file() and "__pycache__" not in path.parts}
+    assert not {str(path.relative_to(ROOT)) for path in present - shipped}
 
 
 def test_one_version():
