@@ -73,8 +73,8 @@ class ForegroundWatch:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the counts (foreground voxels, voxels) by name, as plain tensors."""
-        return {name: counts.clone() for name, counts in sorted(self._counts.items())}
+        return dict(sorted(self._counts.items()))  # updates replace tensors, so this is a snapshot
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Restore what :meth:`state_dict` returned."""
-        self._counts = {name: counts.clone() for name, counts in state.items()}
+        self._counts = dict(state)

@@ -67,6 +67,8 @@ def test_regions_carry_the_ignore_mask_in_the_last_channel():
     assert labels.one_hot(target).flatten(2)[0].T.tolist() == [[0, 0], [1, 0], [1, 1], [0, 0]]
     assert labels.foreground(target).flatten().tolist() == [False, True, True, False]
     assert torch.equal(labels.valid(target.to(torch.int16)), labels.valid(target))
+    target[:, :2] = True  # the ignore mask wins over a region
+    assert labels.one_hot(target).flatten(2)[0].T.tolist() == [[1, 1], [1, 1], [1, 1], [0, 0]]
 
 
 def test_region_mask_is_the_one_nnunet_trains_with():
