@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from nnssl.errors import UserError, nearest
+from nnssl.training.ramps import schedule
 
 
 def option(default: Any, help: str, *, choices: tuple | None = None, low: float | None = None, high: float | None = None):
@@ -67,6 +68,21 @@ class Settings:
             name = kind.__name__ if isinstance(kind, type) else str(kind)
             rows.append({"name": f.name, "type": name, "default": f.default, **f.metadata})
         return rows
+
+
+@dataclass(frozen=True)
+class UnsupervisedSettings(Settings):
+    """Settings of methods with one unsupervised term, weighted over the run."""
+
+    unsupervised_weight: float = option(1.0, "weight of the unsupervised term at the end of its schedule", low=0)
+    unsupervised_schedule: str = option("ramp", "its course over the run: constant, linear, ramp, warmup1 to warmup99")
+
+    def validate(self) -> None:
+        schedule(self.unsupervised_schedule)
+
+    def unsupervised(self, fraction: float) -> float:
+        """Return the weight of the unsupervised term at a fraction of the run."""
+        return self.unsupervised_weight * schedule(self.unsupervised_schedule)(fraction)
 
 
 def _parse(key: str, value: Any, kind: Any) -> Any:

@@ -1,0 +1,645 @@
+"""The trainer every method stands on: it owns loaders, steps, schedules, checkpoints, logging and refusals."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
+from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
+from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
+from torch import Tensor, nn
+
+from nnssl import __version__
+from nnssl.data.loader import IndexedLoader, LabeledLoader, PairedLoader, UnlabeledLoader, wrap_loader
+from nnssl.data.seeding import Stream, seed_everything
+from nnssl.data.unlabeled import UnlabeledDataset
+from nnssl.data.views import labeled_transforms, unlabeled_transforms
+from nnssl.errors import UserError
+from nnssl.layout import RawDataset
+from nnssl.plans.manifest import load_manifest, manifest_digest, monitoring_cases, require_current, unlabeled_cases
+from nnssl.plans.splits import fold_cases
+from nnssl.trainers.monitoring import branch_dice
+from nnssl.trainers.run_options import RunOptions
+from nnssl.trainers.settings import Settings
+from nnssl.trainers.stepping import LossGroup, Partner, StepRunner, broadcast_weights, make_sgd, unwrap
+from nnssl.training.checkpoints import load_safely, plain, require_space, save_atomically
+from nnssl.training.ema import EMATeacher
+from nnssl.training.foreground import ForegroundWatch
+from nnssl.training.label_space import LabelSpace
+from nnssl.training.run_log import RunLog
+from nnssl.training.signals import EXIT_STOPPED, StopRequest
+
+#: A run ends with an error after this many steps in a row with a loss that is not finite.
+MAX_BAD_STEPS = 10
+
+
+class SemiSupervisedTrainer(nnUNetTrainer):
+    """Base of all methods.
+
+    A method sets the class attributes below, builds what it needs in :meth:`build_method`, and implements
+    :meth:`compute_losses`. It never touches devices, backward passes, optimizer steps, checkpoints or logs.
+    ``self.network`` is always the network that predicts.
+    """
+
+    #: Settings dataclass of the method.
+    settings_class: ClassVar[type[Settings]] = Settings
+    #: Whether the method also wants the labeled crop without intensity augmentation (``batch['weak']``).
+    labeled_weak_view: ClassVar[bool] = False
+    #: Whether the method's mathematics covers overlapping regions (sigmoid heads).
+    supports_regions: ClassVar[bool] = True
+    #: Whether the method draws unlabeled batches.
+    uses_unlabeled: ClassVar[bool] = True
+
+    # ------------------------------------------------------------------ what a method implements
+    def build_method(self) -> None:
+        """Build partner networks and modules (:meth:`add_partner`, :meth:`add_teacher`, ``self.modules``)."""
+
+    def compute_losses(self, batch: dict[str, Any]) -> Iterator[LossGroup]:
+        """Yield the loss groups of one step; see :class:`nnssl.trainers.stepping.LossGroup`."""
+        raise NotImplementedError(f"{type(self).__name__} must implement compute_losses")
+
+    def before_step(self) -> None:
+        """Run before the losses of each step."""
+
+    def after_step(self) -> None:
+        """Run after the optimizers have stepped, and after the teachers have followed."""
+
+    def branches(self) -> dict[str, Callable[[Tensor], Tensor]]:
+        """Return what makes pseudo-labels, as functions from an image batch to logits, for the branch record."""
+        return {"network": self.predict_logits}
+
+    def predict_logits(self, x: Tensor) -> Tensor:
+        """Return the predicting network's logits at full resolution."""
+        return full_resolution(self.network(x))
+
+    @classmethod
+    def adapt_plans(cls, plans: dict, configuration: str, settings: Settings) -> None:
+        """Write into the run's plans what a network needs to be built (idempotent)."""
+
+    # ------------------------------------------------------------------ construction
+    def __init__(
+        self,
+        plans: dict,
+        configuration: str,
+        fold: int,
+        dataset_json: dict,
+        device: torch.device = torch.device("cuda"),  # noqa: B008  nnU-Net's signature is frozen
+    ) -> None:
+        plans = copy.deepcopy(plans)
+        plans.setdefault("continue_training", False)
+        block = plans.setdefault("nnssl", {})
+        self.settings = self.settings_class.from_mapping(block.get(type(self).__name__, {}))
+        self.run_options = RunOptions.from_plans(plans)
+        self.adapt_plans(plans, configuration, self.settings)
+        block[type(self).__name__] = self.settings.to_dict()
+        block["run"] = self.run_options.to_dict()
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        if self.is_ddp and device.type == "cpu":  # nnU-Net takes every process group for CUDA; gloo runs on CPUs
+            self.device, self.grad_scaler = device, None
+        self._refuse_unsupported()
+        self.initial_lr = self.settings.initial_lr
+        self.weight_decay = self.settings.weight_decay
+        self.enable_deep_supervision = self.settings.deep_supervision
+        self.num_epochs = self.run_options.epochs
+        self.num_iterations_per_epoch = self.run_options.iterations_per_epoch
+        self.num_val_iterations_per_epoch = self.run_options.validation_iterations
+        self.save_every = 1
+        self.label_space = LabelSpace.from_label_manager(self.label_manager)
+        self.partners: dict[str, Partner] = {}
+        self.teachers: dict[str, tuple[str, EMATeacher]] = {}
+        self.modules: dict[str, Any] = {}
+        self.watch = ForegroundWatch()
+        self.global_step = 0
+        self.epoch_sums: dict[str, float] = {}
+        self.bad_steps = 0
+        self.unlabeled_ids: list[str] = []
+        self.epoch_seconds = 0.0
+
+    def _refuse_unsupported(self) -> None:
+        if self.is_cascaded:
+            rule = "cascades are not supported: unlabeled cases have no prediction of the previous stage"
+            raise UserError(rule, self.configuration_name, "2d, 3d_fullres, 3d_lowres")
+        if self.label_manager.has_regions and not self.supports_regions:
+            rule = f"{type(self).__name__} needs exclusive classes (softmax)"
+            raise UserError(rule, "a data set with regions", "labels without regions", "train another method")
+
+    def initialize(self) -> None:
+        """Build, place and seed every network and optimizer."""
+        if self.was_initialized:
+            raise RuntimeError("the trainer is initialized already")
+        self._set_batch_size_and_oversample()
+        self.num_input_channels = determine_num_input_channels(
+            self.plans_manager, self.configuration_manager, self.dataset_json
+        )
+        seed_everything(self.run_options.seed, 0, Stream.INIT, 0)
+        network = self.build_network_architecture(
+            self.plans_manager,
+            self.configuration_manager,
+            self.num_input_channels,
+            self.label_manager.num_segmentation_heads,
+            self.enable_deep_supervision,
+        )
+        self.network = self.wrap(network)
+        self.optimizer, self.lr_scheduler = self.configure_optimizers()
+        self.loss = self._build_loss()
+        seed_everything(self.run_options.seed, 0, Stream.INIT, 1)  # partners do not depend on the network's draws
+        self.build_method()
+        optimizers = {"network": self.optimizer} | {name: p.optimizer for name, p in self.partners.items()}
+        self.stepper = StepRunner(optimizers, self.grad_scaler, self.is_ddp)
+        self.dataset_class = infer_dataset_class(self.preprocessed_dataset_folder)
+        self.was_initialized = True
+
+    def wrap(self, module: nn.Module) -> nn.Module:
+        """Place a network on the device, give it rank 0's weights, and compile it where nnU-Net compiles."""
+        module = module.to(self.device)
+        if self.is_ddp:
+            if self.device.type == "cuda":
+                module = nn.SyncBatchNorm.convert_sync_batchnorm(module)
+            broadcast_weights(module)
+        return torch.compile(module) if self._do_i_compile() else module
+
+    def make_optimizer(self, module: nn.Module) -> torch.optim.Optimizer:
+        """Build the optimizer that every network of every method gets."""
+        s = self.settings
+        return make_sgd(module, s.initial_lr, s.momentum, s.nesterov, s.weight_decay)
+
+    def configure_optimizers(self) -> tuple[torch.optim.Optimizer, None]:
+        """Return the optimizer of the network; the base steps the learning rate itself, per iteration."""
+        return self.make_optimizer(self.network), None
+
+    def add_partner(self, name: str, module: nn.Module) -> nn.Module:
+        """Register a second trained network under the name its optimizer has in ``LossGroup.step``."""
+        module = self.wrap(module)
+        self.partners[name] = Partner(module, self.make_optimizer(module))
+        return module
+
+    def add_teacher(self, name: str, source: str, decay: float) -> nn.Module:
+        """Register an EMA teacher of ``source`` ("network" or a partner); the base updates it after each step."""
+        teacher = EMATeacher(unwrap(self.trained_network(source)), decay)
+        self.teachers[name] = (source, teacher)
+        return teacher.module
+
+    def trained_network(self, name: str) -> nn.Module:
+        """Return the network behind an optimizer's name."""
+        return self.network if name == "network" else self.partners[name].module
+
+    def _networks(self) -> list[nn.Module]:
+        return [self.network, *(p.module for p in self.partners.values()), *(t.module for _, t in self.teachers.values())]
+
+    def set_deep_supervision_enabled(self, enabled: bool) -> None:
+        """Switch the low-resolution outputs of the trained networks; teachers never have them."""
+        for name in ["network", *self.partners]:
+            decoder = getattr(unwrap(self.trained_network(name)), "decoder", None)
+            if hasattr(decoder, "deep_supervision"):
+                decoder.deep_supervision = enabled
+        for _, teacher in self.teachers.values():
+            if hasattr(getattr(teacher.module, "decoder", None), "deep_supervision"):
+                teacher.module.decoder.deep_supervision = False
+
+    # ------------------------------------------------------------------ data
+    def do_split(self) -> tuple[list[str], list[str]]:
+        """Return training and validation ids of the fold, and remember its unlabeled ids."""
+        if self.dataset_class is None:
+            self.dataset_class = infer_dataset_class(self.preprocessed_dataset_folder)
+        base, plans = Path(self.preprocessed_dataset_folder_base), self.plans_manager.plans
+        require_current(base, plans, self.configuration_name)
+        manifest = load_manifest(base)
+        self.manifest_hash = manifest_digest(manifest, self.configuration_manager.data_identifier)
+        splits_file = base / "splits_final.json"
+        splits = json.loads(splits_file.read_text(encoding="utf-8")) if splits_file.is_file() else []
+        labeled = self.dataset_class.get_identifiers(self.preprocessed_dataset_folder)
+        unlabeled = unlabeled_cases(base, plans, self.configuration_name)
+        chosen = fold_cases(splits, self.fold, labeled, unlabeled, RawDataset(base, self.dataset_json).patient)
+        self.unlabeled_ids = list(chosen.unlabeled) if self.uses_unlabeled else []
+        self.monitoring_ids = monitoring_cases(base, plans, self.configuration_name)
+        return list(chosen.train), list(chosen.val)
+
+    def unlabeled_batch_size(self) -> int:
+        """Return this rank's share of the unlabeled items of a step."""
+        total = self.settings.unlabeled_batch or self.configuration_manager.batch_size
+        if not self.is_ddp:
+            return total
+        world, rank = dist.get_world_size(), dist.get_rank()
+        if total < world:
+            raise UserError("the unlabeled batch must give every process an item", total, f"{world} or more")
+        return total // world + (rank < total % world)
+
+    def get_dataloaders(self):
+        """Build the paired training loader and the loaders of validation and monitoring patches."""
+        rotation, dummy_2d, initial_patch, mirror_axes = self.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
+        patch = self.configuration_manager.patch_size
+        scales = self._get_deep_supervision_scales()
+        labels = {
+            "is_cascaded": False,
+            "foreground_labels": self.label_manager.foreground_labels,
+            "regions": self.label_manager.foreground_regions if self.label_manager.has_regions else None,
+            "ignore_label": self.label_manager.ignore_label,
+        }
+        masked = self.configuration_manager.use_mask_for_norm
+        stock = self.get_training_transforms(patch, rotation, scales, mirror_axes, dummy_2d, masked, **labels)
+        train, val = self.get_tr_and_val_datasets()
+
+        def loader(dataset, crop, transforms, kind=nnUNetDataLoader, batch=None, oversample=None):
+            oversample = self.oversample_foreground_percent if oversample is None else oversample
+            return kind(
+                dataset,
+                batch or self.batch_size,
+                crop,
+                patch,
+                self.label_manager,
+                oversample_foreground_percent=oversample,
+                transforms=transforms,
+            )
+
+        labeled = loader(train, initial_patch, labeled_transforms(stock, self.labeled_weak_view), LabeledLoader)
+        unlabeled = None
+        if self.unlabeled_ids:
+            pool = UnlabeledDataset(self.preprocessed_dataset_folder + "_unlabeled", self.unlabeled_ids, any(masked))
+            unlabeled = loader(
+                pool, initial_patch, self.unlabeled_views(stock), UnlabeledLoader, self.unlabeled_batch_size(), 0.0
+            )
+        elif self.uses_unlabeled:
+            self.warn("no unlabeled case: this run trains on the labeled cases alone, as SupervisedTrainer would")
+        seed, workers = self.run_options.seed, get_allowed_n_proc_DA()
+        pin = self.device.type == "cuda"
+        paired = PairedLoader(labeled, unlabeled, seed=seed, rank=self.local_rank, start_index=self.global_step)
+        val_transforms = self.get_validation_transforms(scales, **labels)
+        watched = IndexedLoader(
+            loader(val, patch, val_transforms),
+            seed=seed,
+            rank=self.local_rank,
+            stream=Stream.VAL_BATCH,
+            start_index=self.current_epoch * self.num_val_iterations_per_epoch,
+        )
+        self.monitor, self.monitor_name = self._monitoring_loader(val, loader, patch, val_transforms)
+        return wrap_loader(paired, workers, pin), wrap_loader(watched, min(workers, max(1, workers // 2)), pin)
+
+    def unlabeled_views(self, stock):
+        """Return the transforms of unlabeled crops; a method with its own strong view overrides this."""
+        return unlabeled_transforms(stock)
+
+    def _monitoring_loader(self, val, loader, patch, transforms) -> tuple[IndexedLoader, str]:
+        """Return a loader that gives the same patches every round, and what they come from."""
+        if self.monitoring_ids:
+            folder = self.preprocessed_dataset_folder + "_monitoring"
+            source, name = infer_dataset_class(folder)(folder, self.monitoring_ids), "imagesVal"
+        else:
+            source, name = val, "training cases" if self.fold == "all" else f"validation cases of fold {self.fold}"
+        indexed = loader(source, patch, transforms)
+        return IndexedLoader(indexed, seed=self.run_options.seed, stream=Stream.MONITORING_BATCH), name
+
+    # ------------------------------------------------------------------ one step
+    @property
+    def fraction(self) -> float:
+        """Fraction of the run that is over, in [0, 1): the time of every schedule."""
+        return self.global_step / self.run_options.total_steps
+
+    def learning_rate(self) -> float:
+        """Return the learning rate of this step: nnU-Net's poly decay, per iteration, or constant."""
+        poly = self.settings.lr_schedule == "poly"
+        return self.settings.initial_lr * ((1 - self.fraction) ** 0.9 if poly else 1.0)
+
+    def train_step(self, batch: dict) -> dict[str, float]:
+        """Run one step of the method and return its named scalars (one device synchronization)."""
+        seed_everything(self.run_options.seed, self.local_rank, Stream.STEP, self.global_step)
+        batch = to_device(batch, self.device)
+        for optimizer in self.stepper.optimizers.values():
+            for group in optimizer.param_groups:
+                group["lr"] = self.learning_rate()
+        self.watch.update("labeled", self.label_space.foreground(full_resolution(batch["target"])))
+        self.before_step()
+        with self.precision():
+            logged = self.stepper.run(self.compute_losses(batch))
+        for source, teacher in self.teachers.values():
+            teacher.update(unwrap(self.trained_network(source)), self.global_step)
+        self.after_step()
+        self.global_step += 1
+        values = torch.stack([v.float() for v in logged.values()]).tolist() if logged else []
+        scalars = dict(zip(logged, values, strict=True))
+        self._watch_finiteness(scalars, batch)
+        return scalars
+
+    def precision(self):
+        """Return nnU-Net's mixed precision on CUDA, full precision elsewhere."""
+        return torch.autocast("cuda") if self.device.type == "cuda" else contextlib.nullcontext()
+
+    def supervised_loss(self, output, target) -> Tensor:
+        """Return nnU-Net's own loss (Dice + cross-entropy or BCE, deeply supervised)."""
+        return self.loss(output, target)
+
+    def watch_foreground(self, branch: str, hard: Tensor, valid: Tensor | None = None) -> None:
+        """Count a branch's predicted foreground; a branch that runs away from the labeled fraction is warned of."""
+        self.watch.update(branch, hard, valid)
+
+    def _watch_finiteness(self, scalars: dict[str, float], batch: dict) -> None:
+        bad = [name for name, value in scalars.items() if not np.isfinite(value)]
+        self.bad_steps = self.bad_steps + 1 if bad else 0
+        if self.bad_steps >= MAX_BAD_STEPS:
+            cases = ", ".join(map(str, batch["keys"]))
+            rule = f"the loss must stay finite, {MAX_BAD_STEPS} steps in a row were not"
+            raise UserError(rule, f"{', '.join(bad)} with labeled cases {cases}", None, "lower initial_lr or a weight")
+
+    # ------------------------------------------------------------------ the loop
+    def run_training(self) -> None:
+        """Train to the end, or to a stop request (then exit with code 75 after saving)."""
+        self.on_train_start()
+        with StopRequest() as stop:
+            while self.current_epoch < self.num_epochs:
+                self._run_epoch(stop)
+                self._leave_if_asked(stop)
+        self.on_train_end()
+
+    def _run_epoch(self, stop: StopRequest) -> None:
+        position = self.global_step - self.current_epoch * self.num_iterations_per_epoch
+        started = time.monotonic() - self.epoch_seconds
+        if position == 0:
+            self.epoch_sums, self.epoch_seconds = {}, 0.0
+            self.watch.reset()
+            started = time.monotonic()
+            self.on_epoch_start()
+            self.on_train_epoch_start()
+        for network in self._networks():
+            network.train()
+        for _, teacher in self.teachers.values():
+            teacher.module.eval()
+        for _ in range(position, self.num_iterations_per_epoch):
+            for name, value in self.train_step(next(self.dataloader_train)).items():
+                self.epoch_sums[name] = self.epoch_sums.get(name, 0.0) + value
+            if self.global_step % self.num_iterations_per_epoch:
+                self.epoch_seconds = time.monotonic() - started
+                self._leave_if_asked(stop)
+        self.epoch_seconds = time.monotonic() - started
+        means = {name: total / self.num_iterations_per_epoch for name, total in self.epoch_sums.items()}
+        self.on_train_epoch_end([{"loss": np.array(sum(means[n] for n in self.objective_names(means)))}])
+        with torch.no_grad():
+            self.on_validation_epoch_start()
+            outputs = [self.validation_step(next(self.dataloader_val)) for _ in range(self.num_val_iterations_per_epoch)]
+            self.on_validation_epoch_end(outputs)
+            branches = self._monitor_branches()
+        self.epoch_seconds = time.monotonic() - started
+        self.on_epoch_end(means, branches)
+        self.epoch_seconds = 0.0
+
+    @staticmethod
+    def objective_names(means: dict[str, float]) -> list[str]:
+        """Return the scalars that are loss terms (``loss_*``), as opposed to figures that are only logged."""
+        return [name for name in means if name.startswith("loss_")]
+
+    def _leave_if_asked(self, stop: StopRequest) -> None:
+        requested = stop.requested is not None
+        if self.is_ddp:  # every rank leaves at the same step, whichever got the signal
+            flag = torch.tensor(float(requested), device=self.device)
+            dist.all_reduce(flag)
+            requested = flag.item() > 0
+        if requested:
+            self.save_checkpoint(os.path.join(self.output_folder, "checkpoint_latest.pth"))
+            self.print_to_log_file(f"stopped by {stop.requested} after step {self.global_step}; continue with --c")
+            self.close_loaders()
+            raise SystemExit(EXIT_STOPPED)
+
+    def on_train_start(self) -> None:
+        """Check the disk, start the loaders and record what this run is made of."""
+        if not self.was_initialized:
+            self.initialize()
+        size = sum(p.numel() * p.element_size() for network in self._networks() for p in network.parameters())
+        if self.local_rank == 0:
+            require_space(Path(self.output_folder), 2 * 2 * size)
+        super().on_train_start()
+        self._sync_teachers()
+        if self.local_rank == 0:
+            tensorboard = self.run_options.tensorboard
+            self.run_log = RunLog(Path(self.output_folder), self.current_epoch, tensorboard)
+            self._write_run_manifest()
+        self.print_to_log_file(f"branches are watched on {self.monitor_name}", also_print_to_console=True)
+
+    def _sync_teachers(self) -> None:
+        """Start teachers from their source, which pretrained weights may have changed since they were built."""
+        if self.global_step == 0:
+            for source, teacher in self.teachers.values():
+                teacher.load_state_dict(unwrap(self.trained_network(source)).state_dict())
+
+    def _write_run_manifest(self) -> None:
+        record = {
+            "nnssl": __version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+            "machine": platform.machine(),
+            "device": str(self.device),
+            "trainer": type(self).__name__,
+            "settings": self.settings.to_dict(),
+            "run": self.run_options.to_dict(),
+            "unlabeled_manifest": self.manifest_hash,
+            "unlabeled_cases": len(self.unlabeled_ids),
+            "monitoring": self.monitor_name,
+        }
+        Path(self.output_folder, "nnssl_run.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+    def plot_network_architecture(self) -> None:
+        """Draw nothing: nnU-Net's drawing needs a package that no longer works."""
+
+    def on_train_epoch_start(self) -> None:
+        """Announce the epoch and log the learning rate (stepped per iteration by the base)."""
+        self.print_to_log_file(f"\nEpoch {self.current_epoch}, learning rate {self.learning_rate():.5f}")
+        self.logger.log("lrs", self.learning_rate(), self.current_epoch)
+
+    def _monitor_branches(self) -> dict[str, float | None]:
+        """Return the Dice of each branch on the same monitoring patches every round."""
+        for network in self._networks():
+            network.eval()
+        batches = (self.monitor.batch_at(i) for i in range(self.num_val_iterations_per_epoch))
+        seed_everything(self.run_options.seed, 0, Stream.SAMPLING, 0)  # branches that draw noise repeat it every round
+        with self.precision():
+            return branch_dice(self.branches(), batches, self.label_space, self.device)
+
+    def on_epoch_end(self, means: dict[str, float], branches: dict[str, float | None]) -> None:
+        """Log the epoch, keep the best and the latest state, and go on to the next epoch."""
+        epoch = self.current_epoch
+        self.logger.log("epoch_end_timestamps", time.time(), epoch)
+        best = self.logger.get_value("ema_fg_dice", step=-1)
+        improved = bool(np.isfinite(best)) and (self._best_ema is None or best > self._best_ema)
+        self.current_epoch += 1
+        if self.local_rank == 0:
+            self._record_epoch(epoch, means, branches)
+            self.logger.plot_progress_png(self.output_folder)
+        if improved:
+            self._best_ema = best
+            self.save_checkpoint(os.path.join(self.output_folder, "checkpoint_best.pth"))
+        if self.current_epoch % self.save_every == 0 and self.current_epoch < self.num_epochs:
+            self.save_checkpoint(os.path.join(self.output_folder, "checkpoint_latest.pth"))
+
+    def _record_epoch(self, epoch: int, means: dict[str, float], branches: dict[str, float | None]) -> None:
+        foreground = self.watch.report()
+        names = self.objective_names(means)
+        validation = [None if not np.isfinite(d) else float(d) for d in self.logger.get_value("dice_per_class_or_region", -1)]
+        record = {
+            "epoch": epoch,
+            "step": self.global_step,
+            "seconds": round(self.epoch_seconds, 2),
+            "lr": self.learning_rate(),
+            "losses": {n: means[n] for n in names},
+            "figures": {n: v for n, v in means.items() if n not in names},
+            "validation_dice": {str(i + 1): d for i, d in enumerate(validation)},
+            "branches": branches,
+            "monitored_on": self.monitor_name,
+            "foreground": foreground,
+        }
+        self.run_log.write(plain(finite_only(record)))
+        eta = self.epoch_seconds * (self.num_epochs - epoch - 1)
+        shown = ", ".join(f"{n[5:]} {means[n]:.4f}" for n in names)
+        dice = ", ".join(f"{n} {'-' if v is None else f'{v:.3f}'}" for n, v in branches.items())
+        self.print_to_log_file(
+            f"epoch {epoch + 1}/{self.num_epochs}: {shown}; Dice on {self.monitor_name}: {dice}; "
+            f"{self.epoch_seconds:.1f} s, ETA {time.strftime('%H:%M:%S', time.gmtime(eta))}"
+        )
+        for branch in self.watch.runaway():
+            fractions = f"{foreground[branch]:.4f} of the voxels, labels have {foreground['labeled']:.4f}"
+            self.warn(f"the foreground predicted by {branch} runs away ({fractions})")
+
+    def warn(self, text: str) -> None:
+        """Write a warning to the run's log and the console."""
+        self.print_to_log_file(f"WARNING: {text}")
+
+    def on_train_end(self) -> None:
+        """Save the final state, drop the intermediate one and stop the workers."""
+        self.save_checkpoint(os.path.join(self.output_folder, "checkpoint_final.pth"))
+        latest = Path(self.output_folder, "checkpoint_latest.pth")
+        if self.local_rank == 0 and not self.disable_checkpointing:
+            latest.unlink(missing_ok=True)
+        self.close_loaders()
+        self.print_to_log_file("Training done.")
+
+    def close_loaders(self) -> None:
+        """Stop the loaders' worker processes."""
+        for loader in (self.dataloader_train, self.dataloader_val):
+            if loader is not None:
+                loader.close()
+
+    # ------------------------------------------------------------------ checkpoints
+    def save_checkpoint(self, filename: str) -> None:
+        """Write nnU-Net's nine keys and everything else under ``nnssl``, atomically."""
+        if self.local_rank != 0:
+            return
+        if self.disable_checkpointing:
+            self.print_to_log_file("No checkpoint written, checkpointing is disabled")
+            return
+        checkpoint = {
+            "network_weights": unwrap(self.network).state_dict(),
+            "optimizer_state": self.optimizer.state_dict(),
+            "grad_scaler_state": self.grad_scaler.state_dict() if self.grad_scaler is not None else None,
+            "logging": self.logger.get_checkpoint(),
+            "_best_ema": self._best_ema,
+            "current_epoch": self.current_epoch,
+            "init_args": {**self.my_init_kwargs, "device": str(self.device)},
+            "trainer_name": type(self).__name__,
+            "inference_allowed_mirroring_axes": self.inference_allowed_mirroring_axes,
+            "nnssl": {
+                "version": __version__,
+                "settings": self.settings.to_dict(),
+                "run": self.run_options.to_dict(),
+                "seed": self.run_options.seed,
+                "global_step": self.global_step,
+                "epoch_sums": self.epoch_sums,
+                "epoch_seconds": self.epoch_seconds,
+                "foreground": self.watch.state_dict(),
+                "partners": {
+                    name: {"weights": unwrap(p.module).state_dict(), "optimizer": p.optimizer.state_dict()}
+                    for name, p in self.partners.items()
+                },
+                "teachers": {name: teacher.state_dict() for name, (_, teacher) in self.teachers.items()},
+                "modules": {name: module.state_dict() for name, module in self.modules.items()},
+                "unlabeled_manifest": getattr(self, "manifest_hash", None),
+            },
+        }
+        save_atomically(plain(checkpoint), Path(filename))
+
+    def load_checkpoint(self, filename_or_checkpoint: str) -> None:
+        """Continue from a checkpoint of the same method, plan and settings.
+
+        Raises:
+            UserError: if the checkpoint is unsafe, damaged or belongs to another run.
+        """
+        path = Path(filename_or_checkpoint)
+        checkpoint = load_safely(path)
+        self._require_own(checkpoint, path)
+        if not self.was_initialized:
+            self.initialize()
+        extra = checkpoint["nnssl"]
+        try:
+            unwrap(self.network).load_state_dict(checkpoint["network_weights"])
+            self.optimizer.load_state_dict(checkpoint["optimizer_state"])
+            for name, state in extra["partners"].items():
+                unwrap(self.partners[name].module).load_state_dict(state["weights"])
+                self.partners[name].optimizer.load_state_dict(state["optimizer"])
+            for name, state in extra["teachers"].items():
+                self.teachers[name][1].load_state_dict(state)
+            for name, state in extra["modules"].items():
+                self.modules[name].load_state_dict(state)
+        except (RuntimeError, KeyError, ValueError) as error:
+            first_line = str(error).strip().splitlines()[0]
+            raise UserError("the checkpoint must fit the plan and the method", f"{path}: {first_line}") from error
+        if self.grad_scaler is not None and checkpoint["grad_scaler_state"] is not None:
+            self.grad_scaler.load_state_dict(checkpoint["grad_scaler_state"])
+        self.logger.load_checkpoint(checkpoint["logging"])
+        self._best_ema = checkpoint["_best_ema"]
+        self.current_epoch = checkpoint["current_epoch"]
+        self.inference_allowed_mirroring_axes = checkpoint["inference_allowed_mirroring_axes"]
+        self.global_step = extra["global_step"]
+        self.epoch_sums, self.epoch_seconds = extra["epoch_sums"], extra["epoch_seconds"]
+        self.watch.load_state_dict(extra["foreground"])
+
+    def _require_own(self, checkpoint: dict, path: Path) -> None:
+        """Refuse to continue from another method's, plan's or run's checkpoint."""
+        here, there = type(self).__name__, checkpoint.get("trainer_name")
+        if there != here or "nnssl" not in checkpoint:
+            rule = "--c must continue a checkpoint of the same trainer"
+            raise UserError(rule, f"{path} of {there}", here, "check -tr, or start a new --run")
+        init, extra = checkpoint["init_args"], checkpoint["nnssl"]
+        architecture = init["plans"]["configurations"][init["configuration"]].get("architecture")
+        mine = self.plans_manager.plans["configurations"][self.configuration_name].get("architecture")
+        if init["configuration"] != self.configuration_name or plain(architecture) != plain(mine):
+            rule = "--c must continue a checkpoint of the same configuration and network"
+            raise UserError(rule, f"{path} of another plan", None, "check -p and the configuration, or start a new --run")
+        for what, old, new in (
+            ("settings", extra["settings"], self.settings.to_dict()),
+            ("run options", extra["run"], self.run_options.to_dict()),
+        ):
+            changed = [f"{k}={new[k]} (checkpoint: {old.get(k)})" for k in new if new[k] != old.get(k)]
+            if changed:
+                rule = f"--c takes its {what} from the checkpoint"
+                raise UserError(rule, ", ".join(changed), None, "leave them out, or start a new --run")
+
+
+def full_resolution(output: Tensor | list[Tensor]) -> Tensor:
+    """Return logits or target at full resolution, with or without deep supervision."""
+    return output[0] if isinstance(output, (list, tuple)) else output
+
+
+def to_device(value: Any, device: torch.device) -> Any:
+    """Move every tensor of a nested batch to the device."""
+    if isinstance(value, Tensor):
+        return value.to(device, non_blocking=True)
+    if isinstance(value, dict):
+        return {k: to_device(v, device) for k, v in value.items()}
+    if isinstance(value, list) and value and isinstance(value[0], Tensor):
+        return [to_device(v, device) for v in value]
+    return value
+
+
+def finite_only(value: Any) -> Any:
+    """Return nested records with values that are not finite replaced by None: JSON knows no NaN."""
+    if isinstance(value, dict):
+        return {k: finite_only(v) for k, v in value.items()}
+    return None if isinstance(value, float) and not np.isfinite(value) else value

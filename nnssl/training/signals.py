@@ -1,0 +1,35 @@
+"""Stopping on request without losing a step."""
+
+from __future__ import annotations
+
+import signal
+import threading
+
+#: Exit code of a run that was asked to stop, saved its state and can go on with --c (EX_TEMPFAIL of sysexits.h).
+EXIT_STOPPED = 75
+
+
+class StopRequest:
+    """Context in which SIGTERM and SIGUSR1 set a flag instead of ending the process.
+
+    Schedulers send these before they take a machine back. The training loop looks at :attr:`requested` between steps.
+    """
+
+    def __init__(self) -> None:
+        self.requested: str | None = None
+        self._previous: dict[int, object] = {}
+
+    def __enter__(self) -> StopRequest:
+        if threading.current_thread() is threading.main_thread():  # Python allows handlers nowhere else
+            for name in ("SIGTERM", "SIGUSR1"):
+                number = getattr(signal, name, None)
+                if number is not None:
+                    self._previous[number] = signal.signal(number, self._note)
+        return self
+
+    def _note(self, number: int, frame: object) -> None:
+        self.requested = signal.Signals(number).name
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
