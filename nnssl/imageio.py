@@ -1,0 +1,267 @@
+"""Read and write the image formats of the raw data set. Loads no torch; SimpleITK and scikit-image on first use.
+
+ITK reads a truncated ``.nii.gz`` without complaint, filling the rest with whatever lies in memory, and turns NaN voxels
+of a NIfTI file into zeros. Every NIfTI file is therefore checked before ITK reads it.
+"""
+
+from __future__ import annotations
+
+import gzip
+import math
+import re
+import struct
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import SimpleITK as sitk
+
+#: File endings that can be read as one image; a folder is read as one DICOM series.
+ENDINGS = (".nii.gz", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd", ".png")
+_NIFTI_HEADER = 348  # bytes of a NIfTI-1 header; those of NIfTI-2 that matter here lie in the first 348 too
+_BLOCK = 1 << 20  # bytes, a multiple of every voxel size
+
+
+class ImageReadError(ValueError):
+    """A file that is no complete, readable image; the message is one line without the path."""
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """The grid of an image.
+
+    Args:
+        size: voxels along x, y(, z).
+        spacing: mm along x, y(, z).
+        origin: mm, position of the first voxel.
+        direction: row-major direction cosines.
+    """
+
+    size: tuple[int, ...]
+    spacing: tuple[float, ...]
+    origin: tuple[float, ...]
+    direction: tuple[float, ...]
+
+    def difference(self, other: Geometry) -> str | None:
+        """Name the first property in which two grids differ, or return None.
+
+        Tolerances: spacing as nnU-Net's own check (1e-5 relative), origin 1 % of the finest spacing but at least
+        1e-3 mm, direction cosines 1e-3.
+        """
+        shift = max(1e-3, 0.01 * min(self.spacing))
+        tolerances = {"size": (0, 0), "spacing": (1e-5, 1e-8), "origin": (0, shift), "direction": (0, 1e-3)}
+        for name, (rtol, atol) in tolerances.items():
+            a, b = getattr(self, name), getattr(other, name)
+            if len(a) != len(b) or not np.allclose(a, b, rtol=rtol, atol=atol):
+                return f"{name} {_numbers(a)} and {_numbers(b)}"
+        return None
+
+    def rounded(self) -> tuple:
+        """Return the grid at a precision that every format keeps (NIfTI stores single precision)."""
+        spacing, origin, direction = (
+            [round(float(v), digits) + 0.0 for v in values]
+            for values, digits in ((self.spacing, 4), (self.origin, 3), (self.direction, 3))
+        )
+        return list(self.size), spacing, origin, direction
+
+
+def split_ending(name: str) -> tuple[str, str]:
+    """Split a file name into stem and image ending; the ending is empty when it is no image's.
+
+    The ending is returned as it stands in the name (``.NRRD`` stays ``.NRRD``).
+    """
+    for ending in ENDINGS:
+        if name.lower().endswith(ending):
+            return name[: -len(ending)], name[-len(ending) :]
+    return name, ""
+
+
+def read_image(path: Path) -> sitk.Image:
+    """Read one file, or one DICOM series folder, as a SimpleITK image.
+
+    Raises:
+        ImageReadError: if it is missing, truncated, no image, or a NIfTI file with NaN or infinite voxels.
+    """
+    import SimpleITK as sitk
+
+    path = Path(path)
+    if path.is_dir():
+        return read_dicom_series(path)
+    try:
+        if not path.is_file():
+            raise ImageReadError("file not found")
+        if path.name.lower().endswith((".nii.gz", ".nii")):
+            _check_nifti(path)
+        return sitk.ReadImage(str(path))
+    except RuntimeError as error:
+        raise ImageReadError(_one_line(error)) from error
+
+
+def read_array(path: Path) -> tuple[np.ndarray, Geometry]:
+    """Read one file as nnU-Net does: channels first.
+
+    Returns:
+        The voxels (c, z, y, x) in the file's own type (z = 1 in 2D) and the grid. A time axis and RGB count as
+        channels.
+    """
+    if str(path).lower().endswith(".png"):
+        return _read_png(Path(path))
+    import SimpleITK as sitk
+
+    image = read_image(path)
+    if image.GetNumberOfComponentsPerPixel() > 1:
+        raise ImageReadError(f"{image.GetNumberOfComponentsPerPixel()} values a voxel; one is supported")
+    geometry = Geometry(image.GetSize(), image.GetSpacing(), image.GetOrigin(), image.GetDirection())
+    array = sitk.GetArrayFromImage(image)
+    if array.ndim == 4:
+        return array, geometry
+    return array[None] if array.ndim == 3 else array[None, None], geometry
+
+
+def write_image(image: sitk.Image, path: Path) -> None:
+    """Write a SimpleITK image, compressed.
+
+    Raises:
+        OSError: if it cannot be written in full.
+    """
+    import SimpleITK as sitk
+
+    try:
+        sitk.WriteImage(image, str(path), useCompression=True)
+    except RuntimeError as error:
+        raise OSError(f"{path}: {_one_line(error)}") from error
+
+
+def write_label(label: np.ndarray, like: sitk.Image | None, path: Path) -> None:
+    """Write a label map in the smallest type that holds its values.
+
+    Args:
+        label: (z, y, x), non-negative integers.
+        like: image whose grid it takes; None for PNG.
+        path: target, ``.png`` or an ITK format.
+    """
+    small = label.astype(np.uint8 if label.max(initial=0) < 256 else np.uint16)
+    if path.name.endswith(".png"):
+        from skimage import io
+
+        io.imsave(str(path), small[0], check_contrast=False)
+        return
+    import SimpleITK as sitk
+
+    image = sitk.GetImageFromArray(small[0] if like is not None and like.GetDimension() == 2 else small)
+    if like is not None:
+        image.CopyInformation(like)
+    write_image(image, path)
+
+
+def read_dicom_series(folder: Path) -> sitk.Image:
+    """Read a folder that holds exactly one DICOM series.
+
+    Raises:
+        ImageReadError: on none or several series, an unreadable slice, or slices that are missing or doubled.
+    """
+    import SimpleITK as sitk
+
+    reader = sitk.ImageSeriesReader()
+    series = reader.GetGDCMSeriesIDs(str(folder))
+    if len(series) != 1:
+        found = f": {', '.join(series)}" if series else ""
+        raise ImageReadError(f"one DICOM series a folder is expected, {len(series)} found{found}")
+    files = reader.GetGDCMSeriesFileNames(str(folder), series[0])
+    try:
+        _check_slice_distances(files)
+        reader.SetFileNames(files)
+        return reader.Execute()
+    except RuntimeError as error:
+        raise ImageReadError(_one_line(error)) from error
+
+
+def _check_slice_distances(files: tuple[str, ...]) -> None:
+    """Refuse a series with a gap: ITK would spread the remaining slices evenly."""
+    import SimpleITK as sitk
+
+    positions = []
+    for name in files:
+        reader = sitk.ImageFileReader()
+        reader.SetFileName(name)
+        reader.ReadImageInformation()
+        if not reader.HasMetaDataKey("0020|0032"):
+            return  # a single-file or position-less series has no gaps to find
+        positions.append([float(v) for v in reader.GetMetaData("0020|0032").split("\\")])
+    steps = np.linalg.norm(np.diff(np.asarray(positions), axis=0), axis=1)
+    if steps.size and np.ptp(steps) > 0.05 * np.median(steps):
+        raise ImageReadError(f"slices are {steps.min():.4g} to {steps.max():.4g} mm apart: one is missing or doubled")
+
+
+def _read_png(path: Path) -> tuple[np.ndarray, Geometry]:
+    from skimage import io
+
+    try:
+        array = np.asarray(io.imread(path))
+    except (OSError, ValueError, SyntaxError, RuntimeError) as error:
+        raise ImageReadError(_one_line(error)) from error
+    if array.ndim == 3 and array.shape[-1] in (2, 3, 4):
+        array = array.transpose(2, 0, 1)[:, None]
+    elif array.ndim == 2:
+        array = array[None, None]
+    else:
+        raise ImageReadError(f"shape {array.shape}; grey or RGB is supported")
+    return array, Geometry(array.shape[:0:-1][:2], (1.0, 1.0), (0.0, 0.0), (1.0, 0.0, 0.0, 1.0))
+
+
+def _check_nifti(path: Path) -> None:
+    """Walk through a NIfTI file once: its gzip checksum, its length against the header, and NaN or Inf voxels."""
+    opened = gzip.open if path.name.lower().endswith(".gz") else open
+    try:
+        with opened(path, "rb") as stream:
+            dtype, offset, voxels = _nifti_header(stream.read(_NIFTI_HEADER))
+            stream.seek(offset)
+            present = bad = 0
+            while block := stream.read(_BLOCK):
+                present += len(block)
+                if dtype is not None:
+                    whole = block[: len(block) - len(block) % dtype.itemsize]
+                    bad += int((~np.isfinite(np.frombuffer(whole, dtype))).sum())
+    except EOFError as error:
+        raise ImageReadError("truncated: the compressed data end too early") from error
+    except (OSError, zlib.error) as error:
+        raise ImageReadError(f"not readable: {_one_line(error)}") from error
+    if present < voxels:
+        raise ImageReadError(f"truncated: {present} of {voxels} bytes")
+    if bad:
+        raise ImageReadError(f"{bad} voxels are NaN or infinite")
+
+
+def _nifti_header(header: bytes) -> tuple[np.dtype | None, int, int]:
+    """Return the floating-point type of the voxels (None: integers), their offset and their number of bytes."""
+    for order in "<>":
+        size = struct.unpack_from(order + "i", header.ljust(4))[0]
+        if size in (348, 540) and len(header) == _NIFTI_HEADER:
+            break
+    else:
+        raise ImageReadError("no NIfTI header")
+    if size == 348:
+        dims = struct.unpack_from(order + "8h", header, 40)
+        kind, bits = struct.unpack_from(order + "2h", header, 70)
+        offset = int(struct.unpack_from(order + "f", header, 108)[0])
+    else:
+        kind, bits = struct.unpack_from(order + "2h", header, 12)
+        dims = struct.unpack_from(order + "8q", header, 16)
+        offset = struct.unpack_from(order + "q", header, 168)[0]
+    voxels = math.prod(max(1, n) for n in dims[1 : 1 + max(0, min(7, dims[0]))]) * bits // 8
+    floats = {16: "f4", 64: "f8"}
+    return (np.dtype(order + floats[kind]) if kind in floats else None), offset, voxels
+
+
+def _one_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = lines[-1] if lines else type(error).__name__
+    return re.sub(r"^.*(sitk::ERROR|ITK ERROR):\s*", "", text)
+
+
+def _numbers(values: tuple[float, ...]) -> str:
+    return "(" + ", ".join(f"{v:.6g}" for v in values) + ")"

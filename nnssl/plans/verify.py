@@ -1,0 +1,391 @@
+"""Check the cases of a raw data set: what is refused, what is set aside, and the content hash of every image.
+
+One read of a case yields everything (:func:`scan_case`), and scans can be cached by size and time of the files.
+Loads no torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import warnings
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from nnssl.errors import UserError
+from nnssl.imageio import Geometry, ImageReadError, read_array, split_ending
+from nnssl.layout import IMAGE_FOLDERS, RawDataset
+from nnssl.plans.parallel import Workers
+
+_CACHE_VERSION = 1
+_STRICT = ("imagesTr", "imagesVal")  # folders whose cases must be sound: they are trained on or measured with
+
+
+@dataclass(frozen=True)
+class CaseScan:
+    """What one read of a case found.
+
+    Args:
+        hash: content hash of the images; None if one is unreadable.
+        channels: decoded channels of all files together.
+        problem: why the images cannot be used, or None.
+        label_problem: why the label cannot be used (unreadable, other grid), or None.
+        label_values: (value, voxels) of the label; empty when no label was read.
+    """
+
+    hash: str | None
+    channels: int
+    problem: str | None
+    label_problem: str | None = None
+    label_values: tuple[tuple[float, int], ...] = ()
+
+
+@dataclass(frozen=True)
+class Verified:
+    """A raw data set that may be planned.
+
+    Args:
+        set_aside: unlabeled case or file -> why it is not used.
+        hashes: image folder -> case -> content hash, without the cases set aside.
+    """
+
+    set_aside: dict[str, str]
+    hashes: dict[str, dict[str, str]]
+
+
+class _Job(NamedTuple):
+    folder: str
+    case: str
+    images: list[Path]
+    label: Path | None
+
+
+def image_hash(images: list[Path]) -> str:
+    """Return the SHA-256 of the decoded voxels (single precision) and grid of a case's files, in order.
+
+    The same image has the same hash in every lossless format, compression and integer or float type. The grid enters
+    rounded to 1e-4 mm (spacing) and 1e-3 (origin in mm, direction).
+
+    Raises:
+        ImageReadError: if a file is no complete image.
+    """
+    digest = hashlib.sha256()
+    for path in images:
+        _update(digest, *read_array(path))
+    return digest.hexdigest()
+
+
+def check_labeled_case(images: list[Path], label: Path, allowed_values: set[int]) -> None:
+    """Refuse a labeled case that cannot be trained on.
+
+    Raises:
+        UserError: if an image is unreadable, constant or not finite, if image and label do not share one grid, or if
+            the label holds a value outside ``allowed_values``.
+    """
+    _refuse_labeled(label.name, scan_case(images, label), allowed_values, None)
+
+
+def check_unlabeled_case(images: list[Path], expected_channels: int) -> str | None:
+    """Return why an unlabeled case must be set aside, or None if it can be used."""
+    return _unlabeled_reason(scan_case(images, None), expected_channels)
+
+
+def scan_case(images: list[Path], label: Path | None) -> CaseScan:
+    """Read a case once: content hash, channels, problems, and the label's values when ``label`` is given."""
+    digest, channels, grid = hashlib.sha256(), 0, None
+    problem = _misnumbered(images)
+    for path in images:
+        try:
+            array, geometry = read_array(path)
+        except ImageReadError as error:
+            return CaseScan(None, channels, f"{path.name}: {error}")
+        _update(digest, array, geometry)
+        channels += len(array)
+        problem = problem or _voxel_problem(path.name, array)
+        if grid is not None and (difference := grid.difference(geometry)):
+            problem = problem or f"channels differ in {difference}"
+        grid = grid or geometry
+    if label is None or grid is None:
+        return CaseScan(digest.hexdigest(), channels, problem)
+    return CaseScan(digest.hexdigest(), channels, problem, *_scan_label(label, grid))
+
+
+def count_values(label: np.ndarray) -> dict[float, int]:
+    """Return ``{value: voxels}`` of a label map; faster than a sort for small non-negative integers."""
+    low, high = (float(label.min()), float(label.max())) if label.size else (0.0, 0.0)
+    if low >= 0 and high < 65536 and (label.dtype.kind in "bu" or np.array_equal(label, np.floor(label))):
+        counts = np.bincount(label.ravel().astype(np.int64))
+        return {float(v): int(counts[v]) for v in np.flatnonzero(counts)}
+    return {float(v): int(n) for v, n in zip(*np.unique(label, return_counts=True), strict=True)}
+
+
+def allowed_label_values(labels: dict) -> set[int]:
+    """Return every value that ``labels`` of dataset.json declares, regions (lists) and ``ignore`` included."""
+    values: set[int] = set()
+    for value in labels.values():
+        values.update(int(v) for v in (value if isinstance(value, (list, tuple)) else [value]))
+    return values
+
+
+def verify_raw_dataset(
+    dataset: RawDataset, num_processes: int = 1, check_integrity: bool = True, cache_path: Path | None = None
+) -> Verified:
+    """Check every case of a raw data set and hash every image.
+
+    Refused: no labeled case; a case id in both imagesTr and imagesUn; an unreadable, constant or non-finite image or a
+    wrong channel count in imagesTr or imagesVal; an unlabeled image equal to one of imagesTr, imagesVal or imagesTs.
+    Set aside: the same faults in imagesUn, files that are no image, and unlabeled images of a patient of imagesVal
+    or imagesTs.
+
+    Args:
+        dataset: the raw data set.
+        num_processes: worker processes.
+        check_integrity: also read the labels of imagesTr and imagesVal and check grid and values.
+        cache_path: JSON file that keeps the scans of unchanged files for the next call.
+
+    Raises:
+        UserError: on every refusal.
+    """
+    cases = {folder: dataset.cases(folder) for folder in IMAGE_FOLDERS}
+    _refuse_layout(dataset, cases)
+    jobs = [
+        _Job(folder, case, images, dataset.label_file(folder, case) if check_integrity and folder in _STRICT else None)
+        for folder, members in cases.items()
+        for case, images in members.items()
+    ]
+    scans = _scan_all(jobs, num_processes, cache_path)
+    allowed = allowed_label_values(dataset.json["labels"])
+    expected = len(dataset.channel_names)
+    for folder in _STRICT:
+        for case in cases[folder]:
+            _refuse_labeled(f"{folder}/{case}", scans[folder][case], allowed, expected)
+    set_aside = _set_aside(dataset, cases, scans, expected)
+    hashes = _hashes(scans, set_aside)
+    _refuse_duplicates(hashes)
+    if check_integrity:
+        _warn_absent_classes(dataset, scans["imagesTr"])
+    return Verified(set_aside, hashes)
+
+
+def _refuse_layout(dataset: RawDataset, cases: dict[str, dict[str, list[Path]]]) -> None:
+    if not cases["imagesTr"]:
+        rule, allowed = "at least one labeled case is needed", f"CASE_0000{dataset.file_ending}"
+        remedy = "add labeled images and their labels (nnssl_import --labeled, --labels)"
+        raise UserError(rule, f"none in {dataset.folder / 'imagesTr'}", allowed, remedy)
+    if both := sorted(cases["imagesTr"].keys() & cases["imagesUn"].keys()):
+        rule = "a case is either labeled or unlabeled"
+        raise UserError(rule, f"in imagesTr and imagesUn: {listed(both)}", None, "rename or remove one of the two")
+    for folder in _STRICT:
+        if missing := [case for case in cases[folder] if not dataset.label_file(folder, case).is_file()]:
+            remedy = "add the labels, or move the images to imagesUn"
+            raise UserError(f"every image of {folder} needs a label", f"none for {listed(missing)}", None, remedy)
+        if strays := [p.name for p in dataset.stray_files(folder)]:
+            warnings.warn(f"files in {folder} that are no image of a case are ignored: {listed(strays)}", stacklevel=3)
+
+
+def _refuse_labeled(name: str, scan: CaseScan, allowed: set[int], expected_channels: int | None) -> None:
+    """Raise for a case that is trained on or measured with; ``name`` is how the message calls it."""
+    if scan.problem:
+        rule = "a labeled image must be readable, finite and not constant"
+        raise UserError(rule, f"{name}: {scan.problem}", None, "repair the image, or remove it and its label")
+    if expected_channels is not None and scan.channels != expected_channels:
+        rule = "every labeled image has the channels that dataset.json names"
+        raise UserError(
+            rule, f"{name}: {scan.channels}", expected_channels, "add the missing files or mend channel_names"
+        )
+    if scan.label_problem:
+        rule = "image and label must share one grid"
+        raise UserError(
+            rule, f"{name}: {scan.label_problem}", None, "resample the label to its image, or remove the case"
+        )
+    wrong = {f"{value:g}": voxels for value, voxels in scan.label_values if value not in allowed}
+    if wrong:
+        got = f"{name}: " + ", ".join(f"value {v} in {n} voxels" for v, n in wrong.items())
+        remedy = "mend the label, declare the value in dataset.json, or map it (--label_map)"
+        raise UserError("a label holds only the values of dataset.json", got, sorted(allowed), remedy)
+
+
+def _unlabeled_reason(scan: CaseScan, expected_channels: int) -> str | None:
+    if scan.problem:
+        return scan.problem
+    if scan.channels != expected_channels:
+        return f"has {scan.channels} channels instead of {expected_channels}"
+    return None
+
+
+def _set_aside(
+    dataset: RawDataset, cases: dict[str, dict], scans: dict[str, dict[str, CaseScan]], expected: int
+) -> dict[str, str]:
+    """Name the unlabeled cases and files that cannot be used, and warn of unreadable test images."""
+    kept_out = dataset.nnssl.get("set_aside", {})  # by nnssl_import; a case that came back is judged anew
+    aside = {name: reason for name, reason in kept_out.items() if name not in cases["imagesUn"]}
+    for path in dataset.stray_files("imagesUn"):
+        aside[path.name] = f"is no image named CASE_0000{dataset.file_ending}"
+    held_out = {dataset.patient(case): folder for folder in ("imagesVal", "imagesTs") for case in cases[folder]}
+    for case, scan in scans["imagesUn"].items():
+        reason = _unlabeled_reason(scan, expected)
+        if reason is None and (folder := held_out.get(dataset.patient(case))):
+            reason = f"its patient {dataset.patient(case)} is held out in {folder}"
+        if reason:
+            aside[case] = reason
+    if bad := [f"{case} ({scan.problem})" for case, scan in scans["imagesTs"].items() if scan.problem]:
+        warnings.warn(f"test images that cannot be predicted: {listed(bad)}", stacklevel=3)
+    return aside
+
+
+def _hashes(scans: dict[str, dict[str, CaseScan]], set_aside: dict[str, str]) -> dict[str, dict[str, str]]:
+    return {
+        folder: {
+            case: scan.hash
+            for case, scan in members.items()
+            if scan.hash is not None and not (folder == "imagesUn" and case in set_aside)
+        }
+        for folder, members in scans.items()
+    }
+
+
+def _refuse_duplicates(hashes: dict[str, dict[str, str]]) -> None:
+    """Refuse an unlabeled image that is also labeled, val or test; warn of other pairs across or inside folders."""
+    owner = {
+        h: (folder, case) for folder in ("imagesTs", "imagesVal", "imagesTr") for case, h in hashes[folder].items()
+    }
+    for case, value in hashes["imagesUn"].items():
+        if value in owner:
+            folder, other = owner[value]
+            got = f"imagesUn/{case} equals {folder}/{other}"
+            raise UserError(
+                "an unlabeled image must not also be a labeled, val or test image", got, None, f"remove {case}"
+            )
+    seen: dict[str, str] = {}
+    for folder, members in hashes.items():
+        for case, value in members.items():
+            if value in seen:
+                warnings.warn(f"{folder}/{case} is the same image as {seen[value]}", stacklevel=4)
+            seen.setdefault(value, f"{folder}/{case}")
+
+
+def _warn_absent_classes(dataset: RawDataset, scans: dict[str, CaseScan]) -> None:
+    present = {int(value) for scan in scans.values() for value, _ in scan.label_values}
+    absent = []
+    for name, value in dataset.json["labels"].items():
+        values = set(value) if isinstance(value, (list, tuple)) else {value}
+        if name not in ("background", "ignore") and not {int(v) for v in values} & present:
+            absent.append(name)
+    if absent:
+        warnings.warn(f"classes of dataset.json that no labeled case shows: {', '.join(absent)}", stacklevel=3)
+
+
+def _update(digest, array: np.ndarray, geometry: Geometry) -> None:
+    digest.update(json.dumps(geometry.rounded()).encode())
+    digest.update(np.ascontiguousarray(array, dtype=np.float32) + np.float32(0))  # + 0 turns -0.0 into 0.0
+
+
+def _voxel_problem(name: str, array: np.ndarray) -> str | None:
+    if array.size == 0:
+        return f"{name}: holds no voxel"
+    bad = 0 if array.dtype.kind in "biu" else array.size - int(np.isfinite(array).sum())
+    if bad:
+        return f"{name}: {bad} voxels are NaN or infinite"
+    if array.min() == array.max():
+        return f"{name}: constant, every voxel is {array.flat[0]:g}"
+    return None
+
+
+def _misnumbered(images: list[Path]) -> str | None:
+    """Channel files must be CASE_0000, CASE_0001, ... without a gap."""
+    numbers = [split_ending(path.name)[0][-5:] for path in images]
+    expected = [f"_{i:04d}" for i in range(len(images))]
+    if all(n[:1] == "_" and n[1:].isdigit() for n in numbers) and numbers != expected:
+        return f"channel files are numbered {', '.join(numbers)} instead of {', '.join(expected)}"
+    return None
+
+
+def _scan_label(label: Path, grid: Geometry) -> tuple[str | None, tuple[tuple[float, int], ...]]:
+    try:
+        array, geometry = read_array(label)
+    except ImageReadError as error:
+        return f"label {label.name}: {error}", ()
+    if len(array) != 1:
+        return f"label {label.name}: {len(array)} channels instead of 1", ()
+    difference = grid.difference(geometry)
+    return (f"{difference} (image, label)" if difference else None), tuple(count_values(array).items())
+
+
+def _scan_now(jobs: list[_Job], num_processes: int) -> dict[str, CaseScan]:
+    fresh: dict[str, CaseScan] = {}
+    with Workers(num_processes) as workers:
+        by_case = {_key(job): (job.images, job.label) for job in jobs}
+        for key, scan, error in workers.run("checking images", scan_case, by_case):
+            if error is not None:
+                raise error
+            fresh[key] = scan
+    return fresh
+
+
+def _scan_all(jobs: list[_Job], num_processes: int, cache_path: Path | None) -> dict[str, dict[str, CaseScan]]:
+    """Scan the cases whose files have changed since the cache was written, and return all scans by folder."""
+    known = _load_cache(cache_path)
+    stamps = [_stamp(job) for job in jobs]
+    todo = [job for job, stamp in zip(jobs, stamps, strict=True) if known.get(_key(job), {}).get("stamp") != stamp]
+    fresh = _scan_now(todo, num_processes)
+    scans: dict[str, dict[str, CaseScan]] = {folder: {} for folder in IMAGE_FOLDERS}
+    entries = {}
+    for job, stamp in zip(jobs, stamps, strict=True):
+        key = _key(job)
+        scan = fresh[key] if key in fresh else _scan_from_json(known[key]["scan"])
+        scans[job.folder][job.case] = scan
+        entries[key] = {"stamp": stamp, "scan": asdict(scan)}
+    if cache_path is not None and (todo or entries.keys() != known.keys()):
+        _store_cache(cache_path, entries)
+    return scans
+
+
+def _key(job: _Job) -> str:
+    return f"{job.folder}/{job.case}"
+
+
+def _stamp(job: _Job) -> list[list]:
+    """Return name, size and time of every file a scan depends on; a scan without a label is not one with it."""
+    files = [*job.images, *([job.label] if job.label else [])]
+    return [[path.name, stat.st_size, stat.st_mtime_ns] for path in files for stat in [_stat(path)]]
+
+
+def _stat(path: Path) -> os.stat_result:
+    try:
+        return path.stat()
+    except OSError:  # a dangling link: the scan itself reports it
+        return path.lstat()
+
+
+def _scan_from_json(entry: dict) -> CaseScan:
+    return CaseScan(**{**entry, "label_values": tuple((value, voxels) for value, voxels in entry["label_values"])})
+
+
+def _load_cache(path: Path | None) -> dict[str, dict]:
+    """Return the stored scans; an unreadable or older cache counts as empty, since it only saves time."""
+    if path is None or not path.is_file():
+        return {}
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        return {}
+    return stored.get("scans", {}) if stored.get("version") == _CACHE_VERSION else {}
+
+
+def _store_cache(path: Path, scans: dict[str, dict]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(json.dumps({"version": _CACHE_VERSION, "scans": scans}), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def listed(names: Iterable[object], limit: int = 10) -> str:
+    """Join names for a message: all of them up to ``limit``, then how many more there are."""
+    texts = [str(name) for name in names]
+    more = f" and {len(texts) - limit} more" if len(texts) > limit else ""
+    return ", ".join(texts[:limit]) + more
