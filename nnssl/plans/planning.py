@@ -11,6 +11,8 @@ import contextlib
 import inspect
 import io
 import json
+import os
+from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -142,6 +144,7 @@ def make_plan(
         overwrite_target_spacing=list(options.spacing) if options.spacing else None,
     )
     with contextlib.redirect_stdout(io.StringIO()):  # nnU-Net prints whole configurations; the command sums them up
+        with _at_least_one_worker():
         plans = planner.plan_experiment()
     plans["plans_name"] = target.name
     notes = list(target.notes)
@@ -321,3 +324,16 @@ def _separate_data_identifiers(plans: dict[str, Any], folder: Path) -> None:
 
 def _x(size: Any) -> str:
     return "x".join(str(int(v)) for v in size)
+
+
+@contextlib.contextmanager
+def _at_least_one_worker() -> Iterator[None]:
+    """Hide ``nnUNet_n_proc_DA=0``, which nnU-Net's planner would pass on as a number of torch threads."""
+    name, before = "nnUNet_n_proc_DA", os.environ.get("nnUNet_n_proc_DA")
+    if before == "0":
+        os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if before is not None:
+            os.environ[name] = before
