@@ -145,7 +145,7 @@ def make_plan(
     )
     with contextlib.redirect_stdout(io.StringIO()):  # nnU-Net prints whole configurations; the command sums them up
         with _at_least_one_worker():
-        plans = planner.plan_experiment()
+            plans = planner.plan_experiment()
     plans["plans_name"] = target.name
     notes = list(target.notes)
     for configuration, override in options.overrides.items():
