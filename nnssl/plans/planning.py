@@ -115,6 +115,20 @@ def _without_defaults(options: PlanningOptions) -> dict[str, Any]:
     return {key: value for key, value in options.record().items() if key != "planner"}
 
 
+@contextlib.contextmanager
+def _at_least_one_worker() -> Iterator[None]:
+    """Hide ``nnUNet_n_proc_DA=0``, which nnU-Net's planner would pass on as a number of torch threads."""
+    name, before = "nnUNet_n_proc_DA", os.environ.get("nnUNet_n_proc_DA")
+    if before == "0":
+        os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if before is not None:
+            os.environ[name] = before
+
+
+@_at_least_one_worker()
 def make_plan(
     dataset_name: str, preprocessed_folder: Path, target: Target, images: dict[str, dict[str, Any]], labeled: int
 ) -> tuple[dict[str, Any], list[str]]:
@@ -144,8 +158,7 @@ def make_plan(
         overwrite_target_spacing=list(options.spacing) if options.spacing else None,
     )
     with contextlib.redirect_stdout(io.StringIO()):  # nnU-Net prints whole configurations; the command sums them up
-        with _at_least_one_worker():
-            plans = planner.plan_experiment()
+        plans = planner.plan_experiment()
     plans["plans_name"] = target.name
     notes = list(target.notes)
     for configuration, override in options.overrides.items():
@@ -324,16 +337,3 @@ def _separate_data_identifiers(plans: dict[str, Any], folder: Path) -> None:
 
 def _x(size: Any) -> str:
     return "x".join(str(int(v)) for v in size)
-
-
-@contextlib.contextmanager
-def _at_least_one_worker() -> Iterator[None]:
-    """Hide ``nnUNet_n_proc_DA=0``, which nnU-Net's planner would pass on as a number of torch threads."""
-    name, before = "nnUNet_n_proc_DA", os.environ.get("nnUNet_n_proc_DA")
-    if before == "0":
-        os.environ[name] = "1"
-    try:
-        yield
-    finally:
-        if before is not None:
-            os.environ[name] = before
