@@ -101,6 +101,21 @@ def read_image(path: Path) -> sitk.Image:
         raise ImageReadError(_one_line(error)) from error
 
 
+def check_image(path: Path) -> None:
+    """Make sure that a file is a complete image, at the price of decoding it once.
+
+    Raises:
+        ImageReadError: as :func:`read_image`.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ImageReadError("file not found")
+    if path.name.lower().endswith((".nii.gz", ".nii")):
+        _check_nifti(path)
+    elif split_ending(path.name)[1]:  # formats of nnU-Net that are not known here are its own business
+        read_array(path)
+
+
 def read_array(path: Path) -> tuple[np.ndarray, Geometry]:
     """Read one file as nnU-Net does: channels first.
 

@@ -65,7 +65,7 @@ def execute(args: argparse.Namespace) -> int:
     model = load_model(_model_folder(args), args.f, args.chk)
     cases = list_inputs(Path(args.i), model.file_ending, model.channels)  # before torch takes seconds to load
     prepare_output(Path(args.o), Path(args.i))
-    from nnssl.inference.predict import PredictOptions, best_device, predict_folder
+    from nnssl.inference.predict import PredictOptions, best_device, predict_cases
 
     options = PredictOptions(
         step_size=args.step_size,
@@ -82,7 +82,7 @@ def execute(args: argparse.Namespace) -> int:
     folds = " ".join(map(str, model.folds))
     print(f"nnssl_predict: {len(cases)} cases, {model.folder.name}, fold {folds}, {device.type}")
     print("Please cite nnU-Net (Isensee et al., Nature Methods 2021) and the method (nnssl_info trainers).", flush=True)
-    predict_folder(model, Path(args.i), Path(args.o), options, device)
+    predict_cases(model, cases, Path(args.o), options, device)
     print(f"nnssl_predict: masks of {len(cases)} cases are in {args.o}")
     return 0
 

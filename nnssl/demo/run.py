@@ -244,18 +244,12 @@ def read_scores(path: Path) -> dict:
         path: what ``nnssl_evaluate -o`` wrote.
     """
     result = json.loads(path.read_text(encoding="utf-8"))
-    names = {str(value): name for value, name in CLASSES.items()}
     return {
         "dice_mean": result["foreground_mean"]["dice"],
-        "dice": {names[label]: scores["dice"] for label, scores in result["mean"].items()},
+        "dice": {name: scores["dice"] for name, scores in result["mean"].items()},
         "hd95_mm": result["foreground_mean"]["hd95"],
-        "cases": {case: _mean([s["dice"] for s in by_class.values()]) for case, by_class in result["cases"].items()},
+        "cases": {case: scores["dice"] for case, scores in result["case_foreground"].items()},
     }
-
-
-def _mean(values: Sequence[float | None]) -> float | None:
-    there = [v for v in values if v is not None]
-    return sum(there) / len(there) if there else None
 
 
 def _report(folder: Path, settings: DemoSettings, summary: dict, start: float) -> None:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import os
 import re
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from nnssl.errors import UserError
-
-#: Endings whose header SimpleITK reads without decoding the voxels.
-HEADER_ENDINGS = (".nii.gz", ".nii", ".nrrd", ".mha", ".mhd")
+from nnssl.imageio import ImageReadError, check_image
 
 
 def list_inputs(folder: Path, file_ending: str, channels: int) -> dict[str, list[str]]:
@@ -21,7 +20,8 @@ def list_inputs(folder: Path, file_ending: str, channels: int) -> dict[str, list
         channels: number of channels the model was trained with.
 
     Raises:
-        UserError: for a missing folder, no image, cases with missing or surplus channels, unreadable headers.
+        UserError: for a missing folder, no image, cases with missing or surplus channels, and for files
+            that are no complete image or hold NaN.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -39,7 +39,7 @@ def list_inputs(folder: Path, file_ending: str, channels: int) -> dict[str, list
         raise UserError("-i must hold images named as in training", f"{got} in {folder}", allowed, "rename the files")
     _require_channels(found, channels)
     cases = {case: [files[c] for c in sorted(files)] for case, files in found.items()}
-    _require_headers(cases, file_ending)
+    _require_readable(cases)
     return cases
 
 
@@ -52,22 +52,22 @@ def _require_channels(found: dict[str, dict[int, str]], channels: int) -> None:
         raise UserError(f"every case needs the channels of training ({channels})", _some(named), allowed, remedy)
 
 
-def _require_headers(cases: dict[str, list[str]], file_ending: str) -> None:
-    if file_ending not in HEADER_ENDINGS:
-        return
-    import SimpleITK
-
-    broken = []
-    reader = SimpleITK.ImageFileReader()
-    for case, files in cases.items():
-        try:
-            for file in files:
-                reader.SetFileName(file)
-                reader.ReadImageInformation()
-        except RuntimeError:
-            broken.append(case)
+def _require_readable(cases: dict[str, list[str]]) -> None:
+    """Decode every image once: stock readers fill a truncated file with whatever lies in memory, and NaN with zeros."""
+    files = [(case, file) for case, channels in cases.items() for file in channels]
+    with ThreadPoolExecutor(min(4, len(files))) as pool:  # decompression releases the interpreter lock
+        reasons = list(pool.map(_why_unreadable, (file for _, file in files)))
+    broken = [f"{case} ({reason})" for (case, _), reason in zip(files, reasons, strict=True) if reason]
     if broken:
         raise UserError("every image must be readable", _some(broken), None, "repair these files or move them away")
+
+
+def _why_unreadable(file: str) -> str | None:
+    try:
+        check_image(Path(file))
+    except ImageReadError as error:
+        return str(error)
+    return None
 
 
 def _some(names: list[str], limit: int = 10) -> str:

@@ -7,13 +7,15 @@ before the model is loaded, and no more worker processes than cases.
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nnssl.errors import UserError
-from nnssl.inference.inputs import HEADER_ENDINGS, list_inputs, prepare_output
+from nnssl.inference.inputs import list_inputs, prepare_output
 from nnssl.inference.models import TrainedModel
 
 if TYPE_CHECKING:
@@ -101,29 +103,35 @@ def predict_folder(
     Raises:
         UserError: for inputs that don't fit the model, an unwritable output, an unsafe checkpoint.
     """
-    options = options or PredictOptions()
     cases = list_inputs(inputs, model.file_ending, model.channels)
     prepare_output(output, inputs)
+    predict_cases(model, cases, output, options, device)
+    return list(cases)
+
+
+def predict_cases(
+    model: TrainedModel,
+    cases: Mapping[str, list[str]],
+    output: Path,
+    options: PredictOptions | None = None,
+    device: torch.device | None = None,
+) -> None:
+    """Predict cases that :func:`nnssl.inference.inputs.list_inputs` has checked; see :func:`predict_folder`."""
+    options = options or PredictOptions()
+    targets = [str(Path(output) / case) for case in cases]
+    common = {"save_probabilities": options.save_probabilities, "overwrite": options.overwrite}
     with _Threads(device or best_device()) as used:
         predictor = make_predictor(model, options, used)
-        targets = [str(Path(output) / case) for case in cases]
-        common = {"save_probabilities": options.save_probabilities, "overwrite": options.overwrite}
-        try:
-            if options.preprocessing_processes == 0:
-                predictor.predict_from_files_sequential(list(cases.values()), targets, **common)
-            else:
-                predictor.predict_from_files(
-                    list(cases.values()),
-                    targets,
-                    num_processes_preprocessing=min(options.preprocessing_processes, len(cases)),
-                    num_processes_segmentation_export=min(options.export_processes, len(cases)),
-                    **common,
-                )
-        except RuntimeError:
-            if model.file_ending in HEADER_ENDINGS:
-                _name_broken_image(cases)
-            raise
-    return list(cases)
+        if options.preprocessing_processes == 0:
+            predictor.predict_from_files_sequential(list(cases.values()), targets, **common)
+            return
+        predictor.predict_from_files(
+            list(cases.values()),
+            targets,
+            num_processes_preprocessing=min(options.preprocessing_processes, len(cases)),
+            num_processes_segmentation_export=min(options.export_processes, len(cases)),
+            **common,
+        )
 
 
 def make_predictor(model: TrainedModel, options: PredictOptions, device: torch.device) -> nnUNetPredictor:
@@ -150,28 +158,39 @@ def make_predictor(model: TrainedModel, options: PredictOptions, device: torch.d
         verbose_preprocessing=options.verbose,
         allow_tqdm=options.progress,
     )
-    try:
+    with _trainer_lookup():
         predictor.initialize_from_trained_model_folder(str(model.folder), model.folds, model.checkpoint)
-    except RuntimeError as error:
-        if "Could not find requested nnunet trainer" not in str(error):
-            raise
-        got, remedy = model.folder.name.split("__")[0], "name the folder of its class in nnUNet_extTrainer"
-        raise UserError("the model's trainer must be importable", got, "see nnssl_info trainers", remedy) from error
     return predictor
 
 
-def _name_broken_image(cases: dict[str, list[str]]) -> None:
-    """Turn nnU-Net's "a worker died" into the name of the image that can't be decoded, when there is one."""
-    import SimpleITK
+@contextlib.contextmanager
+def _trainer_lookup() -> Iterator[None]:
+    """Let nnU-Net's predictor find registered trainers at once, and say plainly when a trainer can't be found.
 
-    for case, files in cases.items():
-        for file in files:
-            try:
-                SimpleITK.ReadImage(file)
-            except RuntimeError as error:
-                rule = "every image must be readable"
-                remedy = "repair it or move it away, then go on with --continue_prediction"
-                raise UserError(rule, f"{case}: {file} can't be decoded", None, remedy) from error
+    nnU-Net imports every module of its own trainers before it looks elsewhere. That takes seconds and fails where one
+    of them needs a package that is broken (a torchvision for another torch), although the model needs none of it.
+    """
+    from nnunetv2.inference import predict_from_raw_data
+
+    from nnssl.trainers.registry import TRAINERS, trainer_class
+
+    stock = predict_from_raw_data.recursive_find_trainer_class_by_name
+
+    def find(name: str) -> type:
+        if name in TRAINERS:
+            return trainer_class(name)
+        try:
+            return stock(name)
+        except Exception as error:
+            remedy = "name the folder of its class in nnUNet_extTrainer"
+            reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+            raise UserError("the model's trainer must be importable", f"{name}: {reason}", None, remedy) from error
+
+    predict_from_raw_data.recursive_find_trainer_class_by_name = find
+    try:
+        yield
+    finally:
+        predict_from_raw_data.recursive_find_trainer_class_by_name = stock
 
 
 class _Threads:
