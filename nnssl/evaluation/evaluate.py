@@ -15,7 +15,7 @@ import numpy as np
 from tqdm import tqdm
 
 from nnssl.errors import UserError
-from nnssl.evaluation.labels import LabelSet
+from nnssl.evaluation.labels import LabelSet, label_values
 from nnssl.evaluation.masks import match_masks, read_mask, require_same_geometry
 from nnssl.evaluation.metrics import Emptiness, emptiness
 from nnssl.evaluation.protocols import CaseMetrics, Protocol, get_protocol
@@ -154,7 +154,7 @@ def _evaluate_case(job: _Job) -> _Score:
 
 
 def _label_values(path: Path) -> list[int]:
-    return np.unique(read_mask(path).array).tolist()
+    return label_values(read_mask(path).array)
 
 
 def _notes_on_unknown(scores: list[_Score]) -> list[str]:

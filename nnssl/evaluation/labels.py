@@ -67,7 +67,7 @@ class LabelSet:
     def unknown(self, array: np.ndarray) -> list[int]:
         """Return the values of a mask that are not in the label set."""
         known = self.known if self.known is not None else {0, self.ignore}.union(*self.classes.values())
-        return [v for v in np.unique(array).tolist() if v not in known]
+        return [v for v in label_values(array) if v not in known]
 
     def mask(self, array: np.ndarray, name: str) -> np.ndarray:
         """Return the boolean mask of a class."""
@@ -77,6 +77,15 @@ class LabelSet:
     def as_json(self) -> dict[str, int | list[int]]:
         """Return the classes as in a dataset.json."""
         return {name: v[0] if len(v) == 1 else list(v) for name, v in self.classes.items()}
+
+
+def label_values(array: np.ndarray) -> list[int]:
+    """Return the sorted values of a label map."""
+    if array.min() < 0 or array.max() >= 2**16:
+        return np.unique(array).tolist()
+    present = np.zeros(2**16, bool)  # many times faster than sorting the voxels
+    present[array] = True
+    return np.flatnonzero(present).tolist()
 
 
 def _values(name: object, value: object, source: str) -> tuple[int, ...]:

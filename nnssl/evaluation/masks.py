@@ -6,17 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import SimpleITK as sitk
 
 from nnssl.errors import UserError
-
-#: Formats that carry a geometry, and images that do not: their spacing counts as one pixel.
-VOLUME_ENDINGS = (".nii.gz", ".nii", ".nrrd", ".mha", ".gipl")
-IMAGE_ENDINGS = (".png", ".bmp")
-#: Headers store float32 and rotations as quaternions; larger differences are other grids.
-SPACING_TOLERANCE = 1e-4  # relative
-DIRECTION_TOLERANCE = 1e-3
-ORIGIN_TOLERANCE = 0.05  # in units of the finest spacing
+from nnssl.imageio import ENDINGS, Geometry, ImageReadError, read_array, split_ending
 
 
 @dataclass(frozen=True)
@@ -24,18 +16,19 @@ class Mask:
     """A label map on its grid.
 
     Args:
-        array: integer labels, axes in array order (z, y, x).
-        spacing: voxel size in mm in array order (pixels where ``has_spacing`` is False).
-        size, origin, direction: as SimpleITK reports them (x, y, z).
-        has_spacing: whether the file format stores a geometry.
+        array: integer labels, axes in array order ((z, )y, x).
+        geometry: the grid, in the order x, y(, z).
+        has_spacing: whether the file format stores a spacing; a PNG counts in pixels.
     """
 
     array: np.ndarray
-    spacing: tuple[float, ...]
-    size: tuple[int, ...]
-    origin: tuple[float, ...]
-    direction: tuple[float, ...]
+    geometry: Geometry
     has_spacing: bool
+
+    @property
+    def spacing(self) -> tuple[float, ...]:
+        """Voxel size in mm in array order (pixels where ``has_spacing`` is False)."""
+        return self.geometry.spacing[::-1]
 
 
 def list_masks(folder: Path) -> dict[str, Path]:
@@ -47,19 +40,17 @@ def list_masks(folder: Path) -> dict[str, Path]:
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError("a folder of masks must exist", folder, None, "check the path")
-    endings = VOLUME_ENDINGS + IMAGE_ENDINGS
     found: dict[str, Path] = {}
     for path in sorted(folder.iterdir()):
-        ending = next((e for e in endings if path.name.endswith(e)), None)
-        if ending is None or path.name.startswith(".") or not path.is_file():
+        case, ending = split_ending(path.name)
+        if not ending or path.name.startswith(".") or not path.is_file():
             continue
-        case = path.name[: -len(ending)]
         if case in found:
             got = f"{found[case].name} and {path.name} in {folder}"
             raise UserError("a folder must hold one mask per case", got, None, "move one of them away")
         found[case] = path
     if not found:
-        raise UserError("a folder must hold masks", f"none in {folder}", ", ".join(endings), "check the path")
+        raise UserError("a folder must hold masks", f"none in {folder}", ", ".join(ENDINGS), "check the path")
     return found
 
 
@@ -85,25 +76,21 @@ def read_mask(path: Path) -> Mask:
     """Read a label map.
 
     Raises:
-        UserError: if the file can't be read, is no single-channel 2D or 3D image, or holds other than integers.
+        UserError: if the file can't be read, has several channels, or holds other than integers.
     """
     try:
-        image = sitk.ReadImage(str(path))
-    except RuntimeError as error:
-        raise UserError("a mask must be a readable image", path, None, "write the file again") from error
-    if image.GetNumberOfComponentsPerPixel() != 1 or image.GetDimension() not in (2, 3):
-        got = f"{path} with {image.GetDimension()} axes and {image.GetNumberOfComponentsPerPixel()} channels"
-        raise UserError("a mask must have one channel and two or three axes", got, None, "save the labels alone")
-    array = sitk.GetArrayFromImage(image)
+        array, geometry = read_array(path)
+    except ImageReadError as error:
+        raise UserError("a mask must be a readable image", f"{path}: {error}", None, "write the file again") from error
+    if len(array) != 1:
+        got = f"{len(array)} channels or time points in {path}"
+        raise UserError("a mask must have one channel", got, None, "save the labels alone")
     if not np.issubdtype(array.dtype, np.integer):
         if not np.array_equal(array, np.rint(array)):
-            raise UserError(
-                "a mask must hold integer labels", f"other values in {path}", None, "save labels, not scores"
-            )
+            raise UserError("a mask must hold integer labels", f"others in {path}", None, "save labels, not scores")
         array = array.astype(np.int64)
-    has_spacing = not path.name.endswith(IMAGE_ENDINGS)
-    spacing = tuple(image.GetSpacing()) if has_spacing else (1.0,) * image.GetDimension()
-    return Mask(array, spacing[::-1], image.GetSize(), image.GetOrigin(), image.GetDirection(), has_spacing)
+    array = array[0, 0] if len(geometry.size) == 2 else array[0]
+    return Mask(array, geometry, not path.name.lower().endswith(".png"))
 
 
 def require_same_geometry(case: str, reference: Mask, prediction: Mask) -> None:
@@ -112,25 +99,11 @@ def require_same_geometry(case: str, reference: Mask, prediction: Mask) -> None:
     Raises:
         UserError: naming what differs: size, spacing, origin or direction.
     """
-    for name, same in _comparisons(reference, prediction):
-        if not same:
-            mine, theirs = (getattr(mask, name) for mask in (reference, prediction))
-            got = f"{case}: {name} {_short(mine)} in the reference, {_short(theirs)} in the prediction"
-            remedy = "predict on the reference's own grid, or resample"
-            raise UserError("reference and prediction must lie on the same grid", got, None, remedy)
-
-
-def _comparisons(reference: Mask, prediction: Mask):
-    yield "size", reference.size == prediction.size
-    if reference.has_spacing and prediction.has_spacing:
-        yield "spacing", np.allclose(reference.spacing, prediction.spacing, rtol=SPACING_TOLERANCE, atol=0)
-        slack = ORIGIN_TOLERANCE * min(reference.spacing)
-        yield "origin", np.allclose(reference.origin, prediction.origin, rtol=0, atol=slack)
-        yield "direction", np.allclose(reference.direction, prediction.direction, rtol=0, atol=DIRECTION_TOLERANCE)
-
-
-def _short(values: tuple[float, ...]) -> str:
-    return "(" + ", ".join(f"{v:.6g}" for v in values) + ")"
+    difference = reference.geometry.difference(prediction.geometry)
+    if difference is not None:
+        got = f"{case}: {difference} (reference and prediction)"
+        remedy = "predict on the reference's own grid, or resample"
+        raise UserError("reference and prediction must lie on the same grid", got, None, remedy)
 
 
 def _some(names: list[str], count: int = 10) -> str:

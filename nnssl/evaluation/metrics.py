@@ -196,6 +196,7 @@ def bounding_box(*masks: np.ndarray) -> tuple[slice, ...]:
         others = tuple(a for a in range(masks[0].ndim) if a != axis)
         occupied = np.flatnonzero(np.any([mask.any(axis=others) for mask in masks], axis=0))
         box.append(slice(int(occupied[0]), int(occupied[-1]) + 1))
+        masks = tuple(mask[(slice(None),) * axis + (box[-1],)] for mask in masks)  # the next axis looks at less
     return tuple(box)
 
 
