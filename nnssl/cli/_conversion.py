@@ -22,12 +22,23 @@ def plain_warnings(command: str) -> Iterator[None]:
         yield
 
 
-def finish(command: str, folder: Path, set_aside: dict[str, str]) -> None:
-    """Name what was set aside, then the counts and the command to run next."""
+def finish(command: str, folder: Path, set_aside: dict[str, str], subset: bool = False) -> None:
+    """Name what was set aside, then the counts and the command to run next.
+
+    Args:
+        command: name of the command.
+        folder: the new raw data set.
+        set_aside: unlabeled case or file -> reason.
+        subset: the next step is to draw a subset, since every case is labeled.
+    """
     from nnssl.dataset_conversion.base import summary_line
 
     for name, reason in sorted(set_aside.items()):
         print(f"{command}: set aside: {name}: {reason}", file=sys.stderr)
     aside = f"; {len(set_aside)} set aside (listed above)" if set_aside else ""
     print(f"{command}: {summary_line(folder)}{aside}")
-    print(f"next: nnssl_plan_and_preprocess -d {int(folder.name[7:10])} --verify_dataset_integrity")
+    dataset_id = int(folder.name[7:10])
+    if subset:
+        print(f"next: nnssl_make_subset -d {dataset_id} -o NEW_ID --labeled N (or --published NAME)")
+    else:
+        print(f"next: nnssl_plan_and_preprocess -d {dataset_id} --verify_dataset_integrity")

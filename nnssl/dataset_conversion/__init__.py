@@ -1,1 +1,11 @@
-"""Folders and public data sets -> nnU-Net raw data sets. Loads no torch."""
+"""Raw data sets from plain folders, public downloads and other raw data sets. Loads no torch.
+
+A new converter is one file with a :class:`~nnssl.dataset_conversion.base.Converter` and one entry here.
+"""
+
+from nnssl.dataset_conversion.acdc import ACDC
+from nnssl.dataset_conversion.base import Converter
+from nnssl.dataset_conversion.la import LA
+
+#: Name -> converter, as ``nnssl_convert`` and ``nnssl_info datasets`` know them.
+CONVERTERS: dict[str, Converter] = {converter.NAME: converter for converter in (ACDC(), LA())}

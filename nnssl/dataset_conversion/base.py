@@ -256,7 +256,7 @@ def _taken(folder: Path) -> UserError:
 
 
 def _write_image(source: Source, target: Path, task: _Task) -> None:
-    if _place(source, target, task.link):
+    if _place(source, target, task.file_ending, task.link):
         return
     image = source.read(source.path) if source.read else read_image(source.path)
     if image.GetNumberOfComponentsPerPixel() > 1 or image.GetDimension() > 3:
@@ -265,10 +265,9 @@ def _write_image(source: Source, target: Path, task: _Task) -> None:
     write_image(image, target)
 
 
-def _place(source: Source, target: Path, link: bool) -> bool:
+def _place(source: Source, target: Path, file_ending: str, link: bool) -> bool:
     """Copy or link a file that needs no conversion; return False if it needs one."""
-    ending = "".join(c for c in (".png", ".nii.gz") if target.name.endswith(c))
-    if source.read is not None or not source.path.name.endswith(ending) or source.path.is_dir():
+    if source.read is not None or not source.path.name.endswith(file_ending) or source.path.is_dir():
         return False
     if link:
         target.symlink_to(source.path.resolve())
@@ -291,7 +290,7 @@ def _write_label(source: Source, target: Path, task: _Task) -> dict[int, int]:
         array = sitk.GetArrayFromImage(image)
     counts = whole_values(array)
     if task.label_map is None:
-        if not _place(source, target, task.link):
+        if not _place(source, target, task.file_ending, task.link):
             write_label(_with_z(array), image, target)
         return counts
     array, counts = map_values(array, counts, task.label_map, str(source.path))

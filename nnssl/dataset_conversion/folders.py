@@ -14,7 +14,7 @@ from nnssl.dataset_conversion.base import Case, RawDatasetWriter, Source
 from nnssl.dataset_conversion.labels import label_names
 from nnssl.errors import UserError
 from nnssl.imageio import ENDINGS, ImageReadError, read_array, split_ending
-from nnssl.plans.verify import listed
+from nnssl.plans.verify import listed, misnumbered
 
 _IGNORED = (".raw", ".zraw", ".img")  # data files that belong to a header file beside them
 
@@ -54,6 +54,7 @@ class FoundFolder:
 
     cases: dict[str, list[Path]] = field(default_factory=dict)
     strays: list[str] = field(default_factory=list)
+    suffixed: bool = False  # file names end in a channel number
 
     def files(self) -> Iterator[Path]:
         """Yield every image file."""
@@ -77,8 +78,11 @@ def import_folders(dataset_id: int, name: str, request: FolderImport, num_proces
     _check_test_ending(test, ending)
     aside = {stray: "is no image" for stray in unlabeled.strays}
     for case, paths in list(unlabeled.cases.items()):
+        reason = misnumbered(paths) if unlabeled.suffixed else None
         if _is_png(paths[0]) != (ending == ".png"):
-            aside[case] = f"{paths[0].name}: PNG and volumes do not mix"
+            reason = f"{paths[0].name}: PNG and volumes do not mix"
+        if reason:
+            aside[case] = reason
             del unlabeled.cases[case]
     if request.link:
         _say_what_is_converted([*labeled.files(), *unlabeled.files(), *test.files()], ending)
@@ -126,9 +130,9 @@ def find_cases(folder: Path) -> FoundFolder:
             raise UserError("a case has one file a channel", f"{stems[stem].name} and {path.name}", None, "remove one")
         else:
             stems[stem] = path
-    suffixed = any(stem.endswith("_0000") for stem in stems)
+    found.suffixed = any(stem.endswith("_0000") for stem in stems)
     for stem, path in stems.items():
-        match = re.fullmatch(r"(.+)_\d{4}", stem) if suffixed else None
+        match = re.fullmatch(r"(.+)_\d{4}", stem) if found.suffixed else None
         found.cases.setdefault(match[1] if match else stem, []).append(path)
     return found
 
@@ -157,6 +161,10 @@ def _find_all(request: FolderImport) -> tuple[FoundFolder, FoundFolder, FoundFol
         rule = "a case is either labeled or unlabeled"
         raise UserError(rule, f"in --labeled and --unlabeled: {listed(both)}", None, "rename or remove one of the two")
     for option, folder in (("--labeled", labeled), ("--test", test)):
+        wrong = [case for case, paths in folder.cases.items() if folder.suffixed and misnumbered(paths)]
+        if wrong:
+            rule = "channel files are CASE_0000, CASE_0001, ... without a gap"
+            raise UserError(rule, f"{option}: {listed(wrong)}", None, "rename them or add the missing files")
         if folder.strays:
             warnings.warn(f"files in {option} that are no image are ignored: {listed(folder.strays)}", stacklevel=3)
     if request.unlabeled and not unlabeled.cases:

@@ -98,7 +98,7 @@ def check_unlabeled_case(images: list[Path], expected_channels: int) -> str | No
 def scan_case(images: list[Path], label: Path | None) -> CaseScan:
     """Read a case once: content hash, channels, problems, and the label's values when ``label`` is given."""
     digest, channels, grid = hashlib.sha256(), 0, None
-    problem = _misnumbered(images)
+    problem = misnumbered(images)
     for path in images:
         try:
             array, geometry = read_array(path)
@@ -296,8 +296,8 @@ def _voxel_problem(name: str, array: np.ndarray) -> str | None:
     return None
 
 
-def _misnumbered(images: list[Path]) -> str | None:
-    """Channel files must be CASE_0000, CASE_0001, ... without a gap."""
+def misnumbered(images: list[Path]) -> str | None:
+    """Return how channel files deviate from CASE_0000, CASE_0001, ..., or None."""
     numbers = [split_ending(path.name)[0][-5:] for path in images]
     expected = [f"_{i:04d}" for i in range(len(images))]
     if all(n[:1] == "_" and n[1:].isdigit() for n in numbers) and numbers != expected:
