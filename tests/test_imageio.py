@@ -1,0 +1,116 @@
+"""Reading images: what is complete, what is refused, which grids are equal."""
+
+from __future__ import annotations
+
+import gzip
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+
+from nnssl.imageio import Geometry, ImageReadError, read_array, read_image, split_ending, write_label
+
+GRID = Geometry((4, 5, 6), (1.0, 1.0, 2.0), (0.0, -3.0, 7.0), (1.0, 0, 0, 0, 1.0, 0, 0, 0, 1.0))
+
+
+@pytest.fixture
+def scan(tmp_path: Path) -> Path:
+    path = tmp_path / "scan.nii.gz"
+    noise = np.random.default_rng(0).integers(0, 4000, (12, 40, 40)).astype(np.int16)
+    sitk.WriteImage(sitk.GetImageFromArray(noise), str(path), True)
+    return path
+
+
+@pytest.mark.parametrize("kept", [3, 200, 0.3, 0.98])
+def test_truncated_nifti_is_refused(scan: Path, kept: float):
+    whole = scan.read_bytes()
+    scan.write_bytes(whole[: int(kept if kept >= 1 else kept * len(whole))])
+    with pytest.raises(ImageReadError):
+        read_image(scan)
+
+
+def test_whole_gzip_around_a_truncated_nifti_is_refused(scan: Path):
+    expanded = gzip.decompress(scan.read_bytes())
+    scan.write_bytes(gzip.compress(expanded[:-1]))
+    with pytest.raises(ImageReadError, match="truncated"):
+        read_image(scan)
+
+
+def test_text_named_as_an_image_is_refused(tmp_path: Path):
+    for name in ("a.nii.gz", "a.nii", "a.nrrd", "a.mha", "a.png"):
+        (tmp_path / name).write_text("patient list")
+        with pytest.raises(ImageReadError):
+            read_array(tmp_path / name)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_nan_of_a_nifti_file_is_found_although_itk_reads_zero(tmp_path: Path, value: float, dtype: type):
+    array = np.ones((3, 4, 5), dtype)
+    array[1, 2, 3] = value
+    path = tmp_path / "a.nii.gz"
+    sitk.WriteImage(sitk.GetImageFromArray(array), str(path))
+    with pytest.raises(ImageReadError, match="1 voxels are NaN"):
+        read_image(path)
+
+
+def test_scaled_integer_nifti_is_read(tmp_path: Path):
+    path = tmp_path / "a.nii"
+    sitk.WriteImage(sitk.GetImageFromArray(np.arange(60, dtype=np.int16).reshape(3, 4, 5)), str(path))
+    content = bytearray(path.read_bytes())
+    content[112:116] = np.float32(0.5).tobytes()  # scl_slope
+    path.write_bytes(content)
+    assert read_array(path)[0].max() == pytest.approx(29.5)
+
+
+def test_read_array_puts_channels_first(tmp_path: Path):
+    path = tmp_path / "a.mha"
+    sitk.WriteImage(sitk.GetImageFromArray(np.zeros((3, 4, 5), np.uint8)), str(path))
+    array, grid = read_array(path)
+    assert array.shape == (1, 3, 4, 5)
+    assert grid.size == (5, 4, 3)
+    from skimage import io
+
+    io.imsave(tmp_path / "rgb.png", np.zeros((4, 5, 3), np.uint8), check_contrast=False)
+    array, grid = read_array(tmp_path / "rgb.png")
+    assert array.shape == (3, 1, 4, 5)
+    assert grid.size == (5, 4)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"size": (4, 5, 7)},
+        {"spacing": (1.0, 1.0, 2.001)},
+        {"origin": (0.0, -3.0, 7.1)},
+        {"direction": (-1.0, 0, 0, 0, -1.0, 0, 0, 0, 1.0)},
+    ],
+)
+def test_grids_that_differ_are_told_apart(change: dict):
+    (name,) = change
+    assert GRID.difference(replace(GRID, **change)).startswith(name)
+
+
+def test_grids_equal_up_to_single_precision_are_one():
+    rounded = replace(GRID, spacing=(1.0, 1.0, 2.000001), origin=(0.0, -3.00002, 7.0))
+    assert GRID.difference(rounded) is None
+
+
+def test_split_ending():
+    assert split_ending("a.b.nii.gz") == ("a.b", ".nii.gz")
+    assert split_ending("A.NRRD") == ("A", ".NRRD")
+    assert split_ending("notes.txt") == ("notes.txt", "")
+
+
+@pytest.mark.parametrize(("top", "dtype"), [(3, np.uint8), (700, np.uint16)])
+def test_write_label_keeps_values_and_grid(tmp_path: Path, scan: Path, top: int, dtype: type):
+    like = read_image(scan)
+    label = np.zeros((12, 40, 40), np.int64)
+    label[0, 0, 0] = top
+    write_label(label, like, tmp_path / "l.nii.gz")
+    array, grid = read_array(tmp_path / "l.nii.gz")
+    assert array.dtype == dtype
+    np.testing.assert_array_equal(array[0], label)
+    assert grid.difference(read_array(scan)[1]) is None
