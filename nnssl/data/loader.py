@@ -20,6 +20,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from queue import Empty
+from time import monotonic
 from typing import Any
 
 import numpy as np
@@ -256,6 +257,22 @@ class WorkerBatches(MultiThreadedAugmenter):
             "read the message above; set nnUNet_n_proc_DA=0 to load in the main process and see the error itself, or "
             "to a smaller number if memory ran out; give containers shared memory (docker --shm-size=8g or --ipc=host)",
         )
+
+    def _finish(self, timeout: float = 10, force: bool = False) -> None:
+        if not force and self.was_initialized and not self.abort_event.is_set():
+            self._come_to_rest(min(timeout, 5))
+        super()._finish(timeout, force)
+
+    def _come_to_rest(self, timeout: float) -> None:
+        """Pause the workers and use up what they sent: a tensor can be received only while its sender lives."""
+        self.pause_event.set()
+        deadline, quiet = monotonic() + timeout, 0
+        while quiet < 3 and monotonic() < deadline and all(worker.is_alive() for worker in self._processes):
+            try:
+                self.pin_memory_queue.get(timeout=self.wait_time)
+                quiet = 0
+            except Empty:
+                quiet += all(queue.empty() for queue in self._queues)
 
     def close(self) -> None:
         """Stop the workers; batches drawn after that start at ``start_index`` again."""

@@ -87,19 +87,14 @@ def test_labeled_batches_are_the_same_without_unlabeled_ones_and_with_a_weak_vie
 
 
 def test_unlabeled_batches_do_not_follow_the_labeled_ones(make_loader):
-    """Both draw from the same number of cases at the same index: equal streams would draw equal positions."""
+    """Make both draw two of three cases: from equal random streams they would draw equal positions."""
     loader = make_loader()
-    loader.labeled.indices = loader.unlabeled.indices = loader.unlabeled._data.identifiers
-    loader.labeled.batch_size = 3
-    drawn = [[], []]
-    for index in range(20):
-        for keys, part, stream in zip(
-            drawn, (loader.labeled, loader.unlabeled), (Stream.TRAIN_BATCH, Stream.UNLABELED_BATCH), strict=True
-        ):
-            seed_everything(loader.seed, loader.rank, stream, index)
-            keys.extend(part.get_indices())
-    assert drawn[0] != drawn[1]
-    assert set(drawn[1]) == set(loader.unlabeled.indices)
+    loader.unlabeled.indices, loader.unlabeled.batch_size = ["un_0", "un_1", "un_2"], 2
+    batches = take(loader, 12)
+    labeled = [key[-1] for batch in batches for key in batch["keys"]]
+    unlabeled = [key[-1] for batch in batches for key in batch["unlabeled"]["keys"]]
+    assert labeled != unlabeled
+    assert set(labeled) == set(unlabeled) == {"0", "1", "2"}
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -209,7 +204,7 @@ def test_workers_started_by_spawn_draw_the_same(make_loader, monkeypatch):
     assert all(map(equal, reference, take(make_loader(), 2, workers=1)))
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # batchgenerators' own raise
 def test_a_dead_worker_is_reported_with_a_remedy(make_loader):
     batches = wrap_loader(make_loader(), 2)
     next(batches)
@@ -218,6 +213,7 @@ def test_a_dead_worker_is_reported_with_a_remedy(make_loader):
         [next(batches) for _ in range(200)]
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_an_error_in_a_worker_is_reported(make_loader, capfd):
     loader = make_loader()
     loader.unlabeled.indices = ["absent"]
@@ -226,13 +222,25 @@ def test_an_error_in_a_worker_is_reported(make_loader, capfd):
     assert "absent" in capfd.readouterr().out
 
 
-def test_nnunet_shuts_the_workers_down(make_loader):
-    batches = wrap_loader(make_loader(), 1)
-    next(batches)
-    workers = list(batches._processes)
-    assert isinstance(batches, multi_threaded_augmenter.MultiThreadedAugmenter)  # what on_train_end looks for
-    batches._finish()
-    assert not any(worker.is_alive() for worker in workers)
+@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
+def test_nnunet_shuts_the_workers_down_without_noise(make_loader, capfd):
+    for _ in range(3):
+        batches = wrap_loader(make_loader(), 2)
+        next(batches)
+        workers = list(batches._processes)
+        assert isinstance(batches, multi_threaded_augmenter.MultiThreadedAugmenter)  # what on_train_end looks for
+        batches._finish()
+        assert not any(worker.is_alive() for worker in workers)
+    assert "Traceback" not in "".join(capfd.readouterr())
+
+
+def test_a_closed_iterator_starts_over_at_its_start_index(make_loader):
+    batches = wrap_loader(make_loader(start_index=2), 2)
+    first = next(batches)
+    batches.close()
+    again = next(batches)
+    batches.close()
+    assert equal(first, again)
 
 
 def test_unusable_numbers_are_refused_before_any_worker_starts(make_loader):
