@@ -1,8 +1,10 @@
 # The same verbs here, in CONTRIBUTING.md and in CI. Each makes the virtual environment it needs.
 #   PYTHON  the interpreter to build .venv with (3.10 to 3.13)
 #   TORCH   which torch to install, e.g. TORCH="torch==2.13.0"; default: the newest that nnU-Net admits
+#   DEMO    where the demo goes; an earlier demo there is replaced, anything else is refused
 PYTHON ?= python3
 TORCH ?= torch
+DEMO ?= nnssl_demo_output
 WORKERS ?= 2
 PYTEST_ARGS ?=
 
@@ -14,7 +16,7 @@ STAMP := $(VENV)/.installed-$(shell printf '%s' '$(PYTHON) $(TORCH)' | tr -c 'A-
 .PHONY: demo test checks all-checks venv clean
 
 demo: $(STAMP)
-	$(BIN)/nnssl_demo
+	$(BIN)/nnssl_demo -o $(DEMO) --overwrite
 
 # One thread a worker: more threads than cores slow every worker down.
 test: export OMP_NUM_THREADS = 1
