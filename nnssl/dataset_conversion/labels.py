@@ -25,6 +25,8 @@ def label_names(values: Iterable[int], names: list[str] | None) -> dict[str, int
         raise UserError(
             rule, f"0, {listed(found)}", None, f"add --label_map {proposal}, or --label_names for all classes"
         )
+    if names is None and not found:
+        raise UserError("the labels must show at least one class", "background only", None, "check --labels")
     names = [f"label{value}" for value in found] if names is None else list(names)
     if len(set(names)) != len(names) or "background" in names:
         raise UserError("label names must differ, and leave out background", names, None, "mend --label_names")

@@ -82,11 +82,12 @@ def make_subset(
         UserError: if ids are unknown, roles overlap, or too few labeled patients exist.
     """
     selection = choose_cases(source, request)
+    content = _dataset_json(source, request, selection)
     name = name or f"{source.name[len('Dataset000_') :]}_labeled{len(selection.patients)}"
     with RawDatasetWriter(dataset_id, name, source.file_ending, request.link) as writer:
         writer.write(_cases(source, selection), request.label_map, num_processes)
         write_json(writer.temporary / RECORD, _record(source, request, selection, command))
-        writer.finish(_dataset_json(source, request, selection), num_processes, check=False)
+        writer.finish(content, num_processes, check=False)
         return writer.folder, selection
 
 

@@ -272,7 +272,9 @@ def test_cache_spares_unchanged_files_and_notices_changed_ones(raw_folder: Path,
     first = check(cache_path=cache)
     read = []
     original = verify.scan_case
-    monkeypatch.setattr(verify, "scan_case", lambda images, label: read.append(images[0].name) or original(images, label))
+    monkeypatch.setattr(
+        verify, "scan_case", lambda images, label: read.append(images[0].name) or original(images, label)
+    )
     assert check(cache_path=cache) == first
     assert read == []
     path = write(raw_folder / "imagesUn" / "u1_f1_0000.nii.gz", np.zeros(SHAPE, np.float32))
