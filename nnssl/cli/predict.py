@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from nnssl.cli._common import run_command
 from nnssl.errors import UserError
@@ -30,9 +31,10 @@ def build_parser() -> argparse.ArgumentParser:
     model.add_argument("--run", metavar="NAME", help="name of the run, if it was trained with one")
     model.add_argument("-m", metavar="MODEL_FOLDER", help="TRAINER__PLANS__CONFIG folder, instead of -d, -c and -tr")
     model.add_argument("-f", nargs="+", default=["all"], metavar="FOLD", help="folds to average (default: all)")
-    model.add_argument("-chk", default="checkpoint_final.pth", metavar="FILE", help="checkpoint (default: %(default)s)")
+    model.add_argument("-chk", metavar="FILE", help="checkpoint (default: checkpoint_final.pth)")
     how = parser.add_argument_group("how to predict")
-    how.add_argument("-step_size", type=float, default=0.5, help="tile distance in patch sizes (default: %(default)s)")
+    how.add_argument("--preset", metavar="NAME|FILE", help="apply the predict section of a preset, below the flags")
+    how.add_argument("-step_size", type=float, help="tile distance in patch sizes (default: 0.5)")
     how.add_argument("--disable_tta", action="store_true", help="no mirroring: faster, a little less accurate")
     how.add_argument("--save_probabilities", action="store_true", help="also write CASE.npz with class probabilities")
     how.add_argument("--continue_prediction", action="store_true", help="skip cases whose mask exists")
@@ -60,16 +62,17 @@ def _count(name: str, default: int = 3) -> int:
 def execute(args: argparse.Namespace) -> int:
     """Resolve the model, check the inputs, predict."""
     from nnssl.inference.inputs import list_inputs, prepare_output
-    from nnssl.inference.models import load_model
+    from nnssl.inference.models import FINAL_CHECKPOINT, load_model
 
-    model = load_model(_model_folder(args), args.f, args.chk)
+    chosen = _predict_section(args.preset) if args.preset else {}
+    model = load_model(_model_folder(args), args.f, args.chk or chosen.get("chk", FINAL_CHECKPOINT))
     cases = list_inputs(Path(args.i), model.file_ending, model.channels)  # before torch takes seconds to load
     prepare_output(Path(args.o), Path(args.i))
     from nnssl.inference.predict import PredictOptions, best_device, predict_cases
 
     options = PredictOptions(
-        step_size=args.step_size,
-        mirroring=not args.disable_tta,
+        step_size=chosen.get("step_size", 0.5) if args.step_size is None else args.step_size,
+        mirroring=not (args.disable_tta or chosen.get("disable_tta", False)),
         save_probabilities=args.save_probabilities,
         overwrite=not args.continue_prediction,
         preprocessing_processes=args.npp,
@@ -85,6 +88,21 @@ def execute(args: argparse.Namespace) -> int:
     predict_cases(model, cases, Path(args.o), options, device)
     print(f"nnssl_predict: masks of {len(cases)} cases are in {args.o}")
     return 0
+
+
+#: Keys of a preset's predict section, named as the flags, with the types of their values.
+PREDICT_KEYS: dict[str, type | tuple[type, ...]] = {"step_size": (int, float), "disable_tta": bool, "chk": str}
+
+
+def _predict_section(preset: str) -> dict[str, Any]:
+    from nnssl.plans.preset import load_preset
+
+    section = load_preset(preset).get("predict", {})
+    for key, value in section.items():
+        if key not in PREDICT_KEYS or not isinstance(value, PREDICT_KEYS[key]):
+            rule = f"the predict section of preset {preset} must hold known keys with values of their type"
+            raise UserError(rule, f"{key} = {value!r}", ", ".join(PREDICT_KEYS), "correct the preset")
+    return section
 
 
 def _model_folder(args: argparse.Namespace) -> Path:

@@ -173,6 +173,44 @@ def test_refusal_is_one_line_with_exit_code_2(
     assert not (tmp_path / "out").exists()
 
 
+def test_preset_applies_its_predict_section_below_the_flags(
+    model: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used: list[tuple] = []
+    monkeypatch.setattr("nnssl.inference.predict.predict_cases", lambda m, c, o, options, d: used.append((m, options)))
+    (model / "fold_all" / "checkpoint_final.pth").rename(model / "fold_all" / "checkpoint_best.pth")
+    preset = tmp_path / "mine.json"
+    preset.write_text(json.dumps({"predict": {"step_size": 0.25, "disable_tta": True, "chk": "checkpoint_best.pth"}}))
+    command = [
+        "-i",
+        str(images),
+        "-o",
+        str(tmp_path / "out"),
+        "-m",
+        str(model),
+        "-device",
+        "cpu",
+        "--preset",
+        str(preset),
+    ]
+    assert main(command) == 0
+    assert main([*command, "-step_size", "0.75"]) == 0
+    assert [options.step_size for _, options in used] == [0.25, 0.75]
+    assert not used[0][1].mirroring
+    assert used[0][0].checkpoint == "checkpoint_best.pth"
+
+
+@pytest.mark.parametrize("section", [{"stepsize": 0.5}, {"step_size": "0.5"}])
+@pytest.mark.usefixtures("results")
+def test_preset_with_an_unknown_key_or_a_wrong_type_is_refused(
+    section: dict, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "mine.json").write_text(json.dumps({"predict": section}))
+    flags = ["-d", "501", "-c", "2d", "-tr", "SupervisedTrainer", "--preset", str(tmp_path / "mine.json")]
+    assert main(["-i", str(images), "-o", str(tmp_path / "out"), *flags]) == 2
+    assert next(iter(section)) in capsys.readouterr().err
+
+
 def test_unset_results_variable_is_refused(images: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     monkeypatch.delenv("nnUNet_results", raising=False)
     assert main(["-i", str(images), "-o", "out", "-d", "501", "-c", "2d", "-tr", "SupervisedTrainer"]) == 2
