@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -31,7 +33,8 @@ def extract_labeled_fingerprint(dataset: RawDataset, num_processes: int) -> None
     extractor = DatasetFingerprintExtractor(dataset.name, max(1, num_processes))
     extractor.show_progress_bar = False
     try:
-        extractor.run(overwrite_existing=True)
+        with contextlib.redirect_stdout(io.StringIO()):  # nnU-Net prints the reader class
+            extractor.run(overwrite_existing=True)
     except (IndexError, ValueError, AssertionError) as error:
         rule = "the labeled cases must have foreground to take intensity statistics from"
         raise UserError(rule, reason(error), None, "look at labelsTr and the labels in dataset.json") from error

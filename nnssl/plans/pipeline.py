@@ -81,6 +81,7 @@ def plan_and_preprocess(
     old = _old_manifest(folder, clean)
     new, sources = _verified(dataset, folder, num_processes, verify_integrity, report)
     _adopt_users_splits(dataset, folder, old)
+    new["splits"] = old.get("splits")
 
     from nnssl.plans import fingerprint, planning, preprocess
 

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import json
+import shutil
 import types
+from collections.abc import Callable
+from dataclasses import dataclass
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import numpy as np
 import pytest
 import SimpleITK as sitk
+
+from nnssl.layout import RawDataset
+from nnssl.plans.options import PlanningOptions
+from nnssl.plans.pipeline import Prepared, plan_and_preprocess
 
 SPACING_ZYX = (2.0, 1.0, 1.0)
 
@@ -77,16 +84,81 @@ def point_variables(monkeypatch: pytest.MonkeyPatch, root: Path) -> tuple[Path, 
 
 
 class _Threads:
-    """Stands in for ``multiprocessing`` where nnU-Net insists on spawning: seconds a process, for milliseconds of work."""
+    """Stands in for ``multiprocessing`` where nnU-Net spawns processes, which takes seconds each."""
 
     @staticmethod
     def get_context(method: str) -> types.SimpleNamespace:
         return types.SimpleNamespace(Pool=ThreadPool)
 
 
-@pytest.fixture
-def no_spawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let nnU-Net's fingerprint extractor work in threads."""
+def use_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let nnU-Net's fingerprint extractor work in threads, on 10 thousand foreground voxels instead of 100 million."""
     from nnunetv2.experiment_planning.dataset_fingerprint import fingerprint_extractor
 
+    stock = fingerprint_extractor.DatasetFingerprintExtractor
+
+    class Extractor(stock):
+        def run(self, overwrite_existing: bool = False) -> dict:
+            self.num_foreground_voxels_for_intensitystats = 10_000
+            return super().run(overwrite_existing)
+
     monkeypatch.setattr(fingerprint_extractor, "multiprocessing", _Threads)
+    monkeypatch.setattr("nnssl.plans.fingerprint.DatasetFingerprintExtractor", Extractor)
+
+
+@dataclass(frozen=True)
+class Toy:
+    """A raw data set and what preprocessing made of it.
+
+    Args:
+        raw: ``nnUNet_raw/Dataset901_Toy``.
+        folder: ``nnUNet_preprocessed/Dataset901_Toy``.
+    """
+
+    raw: Path
+    folder: Path
+
+    def run(self, *configurations: str, **options) -> Prepared:
+        """Plan and preprocess; 2d unless configurations are given."""
+        planning = PlanningOptions(**options.pop("planning", {}))
+        dataset = RawDataset.load(self.raw)
+        return plan_and_preprocess(dataset, list(configurations or ["2d"]), planning, report=_silent, **options)
+
+    def plans(self, name: str = "nnUNetPlans") -> dict:
+        return json.loads((self.folder / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def _silent(line: str) -> None:
+    """Receive a line for the user."""
+
+
+@pytest.fixture(scope="session")
+def prepared_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """3 labeled, 6 unlabeled, 1 monitoring and 1 test case, planned and preprocessed for 2d. Not to be changed."""
+    root = tmp_path_factory.mktemp("toy")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        raw, preprocessed = point_variables(monkeypatch, root)
+        use_threads(monkeypatch)
+        Toy(write_raw_dataset(raw), preprocessed / "Dataset901_Toy").run()
+    return root
+
+
+@pytest.fixture
+def toy(prepared_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Toy:
+    """A copy of the prepared toy data set that a test may change, with nnU-Net's variables pointing to it."""
+    shutil.copytree(prepared_root, tmp_path / "toy")
+    raw, preprocessed = point_variables(monkeypatch, tmp_path / "toy")
+    use_threads(monkeypatch)
+    return Toy(raw / "Dataset901_Toy", preprocessed / "Dataset901_Toy")
+
+
+@pytest.fixture
+def new_toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Toy]:
+    """A function that writes a raw data set of its own (see `write_raw_dataset`) and points the variables to it."""
+    use_threads(monkeypatch)
+
+    def write(name: str, **content) -> Toy:
+        raw, preprocessed = point_variables(monkeypatch, tmp_path / name)
+        return Toy(write_raw_dataset(raw, **content), preprocessed / "Dataset901_Toy")
+
+    return write
