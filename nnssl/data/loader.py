@@ -20,7 +20,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from queue import Empty
-from time import monotonic
 from typing import Any
 
 import numpy as np
@@ -228,8 +227,35 @@ class InProcessBatches(SingleThreadedAugmenter):
         """Do nothing: there are no workers."""
 
 
+class _WorkerQueue:
+    """Receive from a worker, and take a batch that its sender could not hand over during shutdown for no batch.
+
+    Tensors travel as file descriptors, which only a living sender can pass on. Without this, closing prints a
+    traceback whenever a worker leaves while its last batch is being received.
+    """
+
+    def __init__(self, queue: Any, closing: Any) -> None:
+        self._queue, self._closing = queue, closing
+
+    def get(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return self._queue.get(*args, **kwargs)
+        except (OSError, EOFError) as error:
+            if self._closing.is_set():
+                raise Empty from error
+            raise
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._queue, name)
+
+
 class WorkerBatches(MultiThreadedAugmenter):
     """Draw batches in worker processes and hand them out in order of their index."""
+
+    def _start(self) -> None:
+        super()._start()
+        # the collecting thread looks its queues up in this list every time
+        self._queues[:] = [_WorkerQueue(queue, self.abort_event) for queue in self._queues]
 
     def __next__(self) -> Batch:
         if not self.was_initialized:
@@ -257,22 +283,6 @@ class WorkerBatches(MultiThreadedAugmenter):
             "read the message above; set nnUNet_n_proc_DA=0 to load in the main process and see the error itself, or "
             "to a smaller number if memory ran out; give containers shared memory (docker --shm-size=8g or --ipc=host)",
         )
-
-    def _finish(self, timeout: float = 10, force: bool = False) -> None:
-        if not force and self.was_initialized and not self.abort_event.is_set():
-            self._come_to_rest(min(timeout, 5))
-        super()._finish(timeout, force)
-
-    def _come_to_rest(self, timeout: float) -> None:
-        """Pause the workers and use up what they sent: a tensor can be received only while its sender lives."""
-        self.pause_event.set()
-        deadline, quiet = monotonic() + timeout, 0
-        while quiet < 3 and monotonic() < deadline and all(worker.is_alive() for worker in self._processes):
-            try:
-                self.pin_memory_queue.get(timeout=self.wait_time)
-                quiet = 0
-            except Empty:
-                quiet += all(queue.empty() for queue in self._queues)
 
     def close(self) -> None:
         """Stop the workers; batches drawn after that start at ``start_index`` again."""

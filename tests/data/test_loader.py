@@ -2,6 +2,7 @@ import multiprocessing
 import os
 import pickle
 import signal
+from queue import Empty
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import torch
 from batchgenerators.dataloading import multi_threaded_augmenter
 from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 
-from nnssl.data.loader import IndexedLoader, UnlabeledLoader, wrap_loader
+from nnssl.data.loader import IndexedLoader, UnlabeledLoader, _WorkerQueue, wrap_loader
 from nnssl.data.seeding import Stream, seed_everything
 from nnssl.data.unlabeled import UnlabeledDataset
 from nnssl.data.views import unlabeled_transforms
@@ -232,6 +233,24 @@ def test_nnunet_shuts_the_workers_down_without_noise(make_loader, capfd):
         batches._finish()
         assert not any(worker.is_alive() for worker in workers)
     assert "Traceback" not in "".join(capfd.readouterr())
+
+
+def test_a_batch_lost_at_shutdown_is_no_error_but_one_lost_in_training_is():
+    class LosesItsSender:
+        def get(self, timeout):
+            raise ConnectionRefusedError
+
+        def empty(self):
+            return False
+
+    closing = multiprocessing.Event()
+    queue = _WorkerQueue(LosesItsSender(), closing)
+    with pytest.raises(ConnectionRefusedError):
+        queue.get(timeout=0.1)
+    closing.set()
+    with pytest.raises(Empty):
+        queue.get(timeout=0.1)
+    assert queue.empty() is False
 
 
 def test_a_closed_iterator_starts_over_at_its_start_index(make_loader):
