@@ -350,6 +350,16 @@ def test_every_trainer_has_a_page_and_every_page_a_trainer():
         assert name in pages[info.module.rsplit(".", 1)[1]]
 
 
+def test_readme_has_every_trainer_with_its_cost():
+    from nnssl.trainers.registry import TRAINERS
+
+    rows = [line for line in (ROOT / "README.md").read_text(encoding="utf-8").splitlines() if line.startswith("| [`")]
+    for name, info in TRAINERS.items():
+        row = next((row for row in rows if name in row), "")
+        assert row.endswith(f"| {info.step_cost:.2g} | {info.memory_factor:.2g} |"), name
+    assert len(rows) == len(TRAINERS)
+
+
 def test_registry_names_every_trainer_and_class():
     from nnssl.trainers.registry import TRAINERS, trainer_class
 
