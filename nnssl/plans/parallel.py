@@ -61,8 +61,8 @@ class Workers:
             for case, arguments in jobs.items():
                 try:
                     yield case, function(*arguments), None
-                except Exception as error:
-                    yield case, None, error
+                except Exception as caught:
+                    yield case, None, caught
             return
         if self._pool is None:
             context = multiprocessing.get_context("spawn")

@@ -168,8 +168,11 @@ def make_plan(
         notes += apply_overrides(planner, plans["configurations"][configuration], configuration, override, options)
     recursive_fix_for_json_export(plans)
     plans = json.loads(json.dumps(plans))
-    statistics = {"labeled_images": labeled, "unlabeled_images": len(images) - labeled}
-    statistics["note"] = "intensities: labeled cases; shapes, spacings and the batch cap: all of these images"
+    statistics = {
+        "labeled_images": labeled,
+        "unlabeled_images": len(images) - labeled,
+        "note": "intensities: labeled cases; shapes, spacings and the batch cap: all of these images",
+    }
     _keep_from_old(plans, preprocessed_folder / f"{target.name}.json")
     plans["nnssl"]["planning"] = {**options.record(), "statistics": statistics}
     _separate_data_identifiers(plans, preprocessed_folder)
