@@ -138,11 +138,14 @@ class RawDatasetWriter:
         for labels in {IMAGE_FOLDERS[case.folder] for case, _ in jobs.values() if case.label}:
             (self.temporary / str(labels)).mkdir(exist_ok=True)
         found: dict[str, Written] = {}
+        failed: Exception | None = None
         with Workers(num_processes) as workers:
-            for key, written, error in workers.run("writing cases", write_case, jobs):
-                if error is not None:
-                    raise error
+            for key, written, failed in workers.run("writing cases", write_case, jobs):
+                if failed is not None:
+                    break  # and let the cases in work finish: the folder is removed next
                 found[key] = written
+        if failed is not None:
+            raise failed
         return found
 
     def finish(self, dataset_json: dict[str, Any], num_processes: int = 1, check: bool = True) -> dict[str, str]:

@@ -298,6 +298,12 @@ def test_label_value_missing_in_the_map(do_import, raw: Path):
     refused(do_import("--label_map", "1:1"), raw, "--label_map names every value", "add 2:0")
 
 
+def test_error_in_a_worker_process_leaves_nothing(do_import, raw: Path):
+    result = do_import("--label_map", "1:1", "-np", 2)
+    refused(result, raw, "--label_map names every value")
+    assert "cannot open" not in result[2]
+
+
 def test_fractional_label(do_import, raw: Path, folders: Path, toy):
     half = sitk.Cast(toy.mask(1), sitk.sitkFloat32) / 2
     toy.write(half, folders / "masks/case1.nii.gz")
