@@ -165,7 +165,15 @@ def _choose_configurations(configurations: Sequence[str] | None, plans: dict[str
 
 
 def _old_manifest(folder: Path, clean: bool) -> dict[str, Any]:
-    return empty_manifest() if clean or not (folder / MANIFEST_NAME).is_file() else load_manifest(folder)
+    """Return what the last run recorded; ``clean`` forgets all but whose ``splits_final.json`` it is."""
+    if not (folder / MANIFEST_NAME).is_file():
+        return empty_manifest()
+    if not clean:
+        return load_manifest(folder)
+    try:
+        return {**empty_manifest(), "splits": load_manifest(folder).get("splits")}
+    except UserError:  # --clean is the remedy for an unreadable manifest
+        return empty_manifest()
 
 
 def _verified(

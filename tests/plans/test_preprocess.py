@@ -226,3 +226,14 @@ def test_images_smaller_than_the_patch_and_no_unlabeled_case_run(new_toy):
     prepared = toy.run("2d", planning={"overrides": {"2d": Overrides(patch_size=(32, 32), base_features=4)}})
     assert require_current(toy.folder, prepared.plans, "2d")["unlabeled"] == []
     assert json.loads((toy.folder / "splits_final.json").read_text()) == []
+
+
+def test_clean_starts_over_even_from_a_broken_manifest(toy):
+    shutil.move(toy.raw / "imagesUn" / "case_005_0000.nii.gz", toy.raw / "imagesTr" / "case_005_0000.nii.gz")
+    shutil.copy(toy.raw / "labelsTr" / "case_000.nii.gz", toy.raw / "labelsTr" / "case_005.nii.gz")
+    assert toy.run(clean=True).processed["2d"] == {"labeled": 4, "unlabeled": 5, "monitoring": 1}
+    assert len(json.loads((toy.folder / "splits_final.json").read_text())) == 4  # still ours, so it follows the labels
+    (toy.folder / "nnssl_unlabeled.json").write_text("{")
+    with pytest.raises(UserError, match="--clean"):
+        toy.run()
+    assert toy.run(clean=True).processed["2d"]["unlabeled"] == 5
