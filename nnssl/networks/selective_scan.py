@@ -34,10 +34,10 @@ BACKENDS = ("auto", "torch", "mamba_ssm")
 STRATEGIES = ("auto", "loop", "chunked")
 
 # Elements of one work buffer. The loop wants its handful of buffers in the cache, the chunked scan wants wide kernels.
-LOOP_BLOCK = 1 << 17
+LOOP_BLOCK = 1 << 18
 CHUNKED_BLOCK = 1 << 27
 # Shortest block of the loop: each block start costs one stored state.
-MIN_STEPS = 8
+MIN_STEPS = 16
 
 
 @functools.cache
@@ -177,8 +177,9 @@ def _batch_blocks(batch: int, per_item: int, block: int) -> Iterator[slice]:
         yield slice(start, min(start + items, batch))
 
 
-def _decays(delta: Tensor, A: Tensor, out: Tensor) -> Tensor:
-    return torch.mul(delta.unsqueeze(3), A, out=out).exp_()
+def _decays(delta: Tensor, log2_rates: Tensor, out: Tensor | None = None) -> Tensor:
+    """Return ``exp(delta A)`` from ``A log2(e)``: torch's exp2 is three times as fast as its exp on CPU."""
+    return torch.mul(delta.unsqueeze(3), log2_rates, out=out).exp2_()
 
 
 def _outer(x: Tensor, weights: Tensor, out: Tensor) -> Tensor:
@@ -191,10 +192,9 @@ def _over_states(weights: Tensor, states: Tensor) -> Tensor:
     return torch.bmm(weights.reshape(-1, 1, n), states.reshape(-1, n, d)).view(*states.shape[:-2], d)
 
 
-def _over_channels(states: Tensor, x: Tensor) -> Tensor:
-    """Contract (..., N, d) states with (..., d) vectors over d."""
-    n, d = states.shape[-2:]
-    return torch.bmm(states.reshape(-1, n, d), x.reshape(-1, d, 1)).view(states.shape[:-1])
+def _over_channels(states: Tensor, x: Tensor, out: Tensor | None = None) -> Tensor:
+    """Contract (..., N, d) states with (..., d) vectors over d (a batched matrix-vector product is slower)."""
+    return torch.mul(states, x.unsqueeze(-2), out=out).sum(-1)
 
 
 class _LoopScan(torch.autograd.Function):
@@ -206,13 +206,13 @@ class _LoopScan(torch.autograd.Function):
         y, starts = torch.empty_like(x), []
         for items in _batch_blocks(batch, A.numel() * MIN_STEPS, LOOP_BLOCK):
             buffers = _LoopBuffers(A, items.stop - items.start, length)
-            starts.append(A.new_zeros(buffers.blocks, *buffers.h.shape[1:]))
-            buffers.h[0].zero_()
+            start = A.new_zeros(buffers.blocks, *buffers.h.shape[1:])
             for index, span in buffers.spans():
-                starts[-1][index].copy_(buffers.h[0])
-                h = buffers.states(delta[span, items], x[span, items], A, B[span, items])
-                y[span, items] = _over_states(C[span, items], h[1:])
-                buffers.h[0].copy_(h[-1])
+                h = buffers.states(delta[span, items], x[span, items], B[span, items], start[index])
+                y[span, items] = _over_states(C[span, items], h)
+                if index + 1 < buffers.blocks:
+                    start[index + 1].copy_(h[-1])
+            starts.append(start)
         ctx.save_for_backward(delta, x, A, B, C, *starts)
         return y
 
@@ -225,30 +225,25 @@ class _LoopScan(torch.autograd.Function):
         for block, items in enumerate(_batch_blocks(delta.shape[1], A.numel() * MIN_STEPS, LOOP_BLOCK)):
             buffers = _LoopBuffers(A, items.stop - items.start, delta.shape[0], backward=True)
             for index, span in reversed(list(buffers.spans())):
-                buffers.h[0].copy_(starts[block][index])
                 parts = [v[span, items] for v in (delta, x, B, C, grad_y)]
-                results = buffers.gradients(*parts, A, grad_A)
+                results = buffers.gradients(*parts, starts[block][index], A, grad_A)
                 for grad, result in zip(grads, results, strict=True):
                     grad[span, items] = result
         return grads[0], grads[1], grad_A, grads[2], grads[3]
 
 
 class _LoopBuffers:
-    """Reused work space of one batch block; views of single time steps are made once.
-
-    ``h`` has one slot more than steps: slot 0 is the state before the block.
-    """
+    """Reused work space of one batch block; views of single time steps are made once."""
 
     def __init__(self, A: Tensor, items: int, length: int, backward: bool = False) -> None:
-        self.length = length
+        self.length, self.log2_rates = length, A * math.log2(math.e)
         self.steps = min(length, max(MIN_STEPS, LOOP_BLOCK // (items * A.numel())))
         self.blocks = math.ceil(length / self.steps)
         slots = (self.steps, items, *A.shape)
-        self.h = A.new_empty(self.steps + 1, *slots[1:])
-        self.a = A.new_empty(slots)
+        self.h, self.a = A.new_empty(slots), A.new_empty(slots)
         self.h_steps, self.a_steps = self.h.unbind(0), self.a.unbind(0)
         if backward:
-            self.g = A.new_empty(slots)
+            self.g, self.products = A.new_empty(slots), A.new_empty(slots)
             self.g_steps = self.g.unbind(0)
             self.g_carry = A.new_zeros(slots[1:])
 
@@ -256,18 +251,18 @@ class _LoopBuffers:
         for index in range(self.blocks):
             yield index, slice(index * self.steps, min((index + 1) * self.steps, self.length))
 
-    def states(self, delta: Tensor, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
-        """Fill and return ``h[0 .. n]`` for the n steps of a block, leaving the decays in ``a``."""
+    def states(self, delta: Tensor, x: Tensor, B: Tensor, start: Tensor) -> Tensor:
+        """Return the states after each of the n steps of a block, leaving the decays in ``a``."""
         n = delta.shape[0]
-        _decays(delta, A, out=self.a[:n])
-        _outer(x, B, out=self.h[1 : n + 1])
-        previous = self.h_steps[0]
-        for decay, state in zip(self.a_steps[:n], self.h_steps[1 : n + 1], strict=True):
+        _decays(delta, self.log2_rates, out=self.a[:n])
+        h = _outer(x, B, out=self.h[:n])
+        previous = start
+        for decay, state in zip(self.a_steps[:n], self.h_steps[:n], strict=True):
             previous = state.addcmul_(decay, previous)
-        return self.h[: n + 1]
+        return h
 
     def gradients(
-        self, delta: Tensor, x: Tensor, B: Tensor, C: Tensor, grad_y: Tensor, A: Tensor, grad_A: Tensor
+        self, delta: Tensor, x: Tensor, B: Tensor, C: Tensor, grad_y: Tensor, start: Tensor, A: Tensor, grad_A: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return the gradients of (delta, x, B, C) on a block and add that of A; later blocks come first.
 
@@ -275,15 +270,19 @@ class _LoopBuffers:
         of the exponent ``delta_t A`` is ``g_t a_t h_{t-1}``.
         """
         n = delta.shape[0]
-        h = self.states(delta, x, A, B)
-        a, g = self.a[:n], _outer(grad_y, C, out=self.g[:n])
+        h = self.states(delta, x, B, start)
+        a, g, products = self.a[:n], _outer(grad_y, C, out=self.g[:n]), self.products[:n]
         following = self.g_steps[n - 1].add_(self.g_carry)
         for t in range(n - 2, -1, -1):
             following = self.g_steps[t].addcmul_(self.a_steps[t + 1], following)
         torch.mul(self.a_steps[0], self.g_steps[0], out=self.g_carry)
-        grad_x, grad_B, grad_C = _over_states(B, g), _over_channels(g, x), _over_channels(h[1:], grad_y)
-        exponent = a.mul_(g).mul_(h[:n])
-        grad_delta = torch.mul(exponent, A, out=g).sum(3)
+        grad_x = _over_states(B, g)
+        grad_B = _over_channels(g, x, out=products)
+        grad_C = _over_channels(h, grad_y, out=products)
+        exponent = a.mul_(g)
+        exponent[0].mul_(start)
+        exponent[1:].mul_(h[:-1])
+        grad_delta = torch.mul(exponent, A, out=products).sum(3)
         grad_A += exponent.mul_(delta.unsqueeze(3)).sum((0, 1))
         return grad_delta, grad_x, grad_B, grad_C
 
@@ -296,7 +295,7 @@ class _ChunkedScan(torch.autograd.Function):
         ctx.save_for_backward(delta, x, A, B, C)
         y = torch.empty_like(x)
         for items in _batch_blocks(delta.shape[1], A.numel() * delta.shape[0], CHUNKED_BLOCK):
-            a = torch.exp(delta[:, items].unsqueeze(3) * A)
+            a = _decays(delta[:, items], A * math.log2(math.e))
             h = linear_recurrence(a, x[:, items].unsqueeze(3) * B[:, items].unsqueeze(4))
             y[:, items] = _over_states(C[:, items], h)
         return y
@@ -319,7 +318,7 @@ class _ChunkedScan(torch.autograd.Function):
 def _chunked_gradients(
     delta: Tensor, x: Tensor, B: Tensor, C: Tensor, grad_y: Tensor, A: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    a = torch.exp(delta.unsqueeze(3) * A)
+    a = _decays(delta, A * math.log2(math.e))
     h = linear_recurrence(a, x.unsqueeze(3) * B.unsqueeze(4))
     grad_C = _over_channels(h, grad_y)
     zero = torch.zeros_like(a[:1])
