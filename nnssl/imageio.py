@@ -275,7 +275,8 @@ def _nifti_header(header: bytes) -> tuple[np.dtype | None, int, int]:
 def _one_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = lines[-1] if lines else type(error).__name__
-    return re.sub(r"^.*(sitk::ERROR|ITK ERROR):\s*", "", text)
+    text = re.sub(r"^.*(sitk::ERROR|ITK ERROR):\s*", "", text)
+    return re.sub(r""" (for|of|in) (file )?["']?/[^"']*["']?""", "", text)  # callers name the file
 
 
 def _numbers(values: tuple[float, ...]) -> str:
