@@ -60,7 +60,7 @@ def execute(args: argparse.Namespace) -> None:
         options["tensorboard"] = True
     settings = parse_settings(args.set)
     if args.preset:
-        from nnssl.plans.preset import train_section
+        from nnssl.trainers.presets import train_section
 
         preset_settings, preset_options = train_section(args.preset, args.tr)
         settings, options = preset_settings | settings, preset_options | options

@@ -1,0 +1,50 @@
+"""Cost of prediction: ``nnssl_predict`` against ``nnUNetv2_predict`` on the same model and folder."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from nnssl.benchmark.timing import interleaved, summary
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the prediction benchmark."""
+    parser.add_argument("-i", required=True, help="folder of images")
+    parser.add_argument("-m", required=True, help="model folder (TRAINER__PLANS__CONFIGURATION)")
+    parser.add_argument("-f", default="all", help="fold")
+    parser.add_argument("--repeats", type=int, default=5, help="timed runs of each side (default %(default)s)")
+    parser.add_argument("-device", default="cpu")
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Time whole processes in turns and compare the masks bit for bit."""
+    from nnssl.trainers.registry import shim_folder
+
+    environment = {**os.environ, "nnUNet_extTrainer": str(shim_folder())}
+    with tempfile.TemporaryDirectory() as folder:
+        common = ["-i", args.i, "-m", args.m, "-f", args.f, "-device", args.device]
+        stock = "from nnunetv2.inference.predict_from_raw_data import predict_entry_point_modelfolder as p; p()"
+        ours = "import sys; from nnssl.cli.predict import main; sys.exit(main())"
+
+        def call(code: str, out: str) -> None:
+            command = [sys.executable, "-c", code, *common, "-o", str(Path(folder, out))]
+            subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL)
+
+        sides = {"nnUNetv2_predict": lambda: call(stock, "stock"), "nnssl_predict": lambda: call(ours, "ours")}
+        seconds = interleaved(sides, args.repeats)
+        names = sorted(p.name for p in Path(folder, "stock").glob("*.nii.gz"))
+        same = [n for n in names if Path(folder, "ours", n).read_bytes() == Path(folder, "stock", n).read_bytes()]
+    pairs = zip(seconds["nnssl_predict"], seconds["nnUNetv2_predict"], strict=True)
+    return {
+        "cases": len(names),
+        "identical_masks": len(same),
+        "seconds": {name: summary(values) for name, values in seconds.items()},
+        "time_ratio": statistics.median(a / b for a, b in pairs),
+    }

@@ -1,0 +1,291 @@
+"""Laws that every trainer of the registry obeys, in 2D and in 3D."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import blosc2
+import numpy as np
+import pytest
+import torch
+
+from nnssl.cli import predict, train
+from nnssl.data.seeding import Stream, seed_everything
+from nnssl.trainers.registry import TRAINERS, shim_folder
+from nnssl.training.signals import EXIT_STOPPED
+from nnssl_test_tools import same, weights
+
+ALL = sorted(TRAINERS)
+SEMI = [name for name in ALL if name != "SupervisedTrainer"]
+BOTH = ("2d", "3d_fullres")
+#: Settings under which a method's predicting network must follow the supervised control bit for bit.
+OFF = {
+    "MeanTeacherTrainer": {"unsupervised_weight": 0},
+    "CPSTrainer": {"unsupervised_weight": 0},
+    "DiffCLTrainer": {"mu_d": 0, "mu_c": 0, "hfm": False},
+}
+
+
+def run_steps(trainer, count: int) -> list[dict[str, float]]:
+    return [trainer.train_step(next(trainer.dataloader_train)) for _ in range(count)]
+
+
+@pytest.mark.parametrize("configuration", BOTH)
+@pytest.mark.parametrize("name", ALL)
+def test_terms_are_finite_and_the_unsupervised_ones_positive(build, name, configuration):
+    scalars = run_steps(build(name, configuration), 3)[-1]
+    assert all(np.isfinite(v) for v in scalars.values())
+    unsupervised = {n: v for n, v in scalars.items() if n.startswith("loss_") and "supervised" not in n}
+    assert bool(unsupervised) == (name != "SupervisedTrainer")
+    assert all(v > 0 for v in unsupervised.values()), unsupervised
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_loss_falls_on_a_fixed_batch(build, name):
+    trainer = build(name, settings={"lr_schedule": "constant"}, options={"epochs": 10, "iterations_per_epoch": 4})
+    batch = next(trainer.dataloader_train)
+    supervised = [sum(v for n, v in trainer.train_step(batch).items() if "supervised" in n) for _ in range(20)]
+    assert np.mean(supervised[-3:]) < np.mean(supervised[:3]) - 0.05
+
+
+@pytest.mark.parametrize("name", SEMI)
+def test_unlabeled_cases_reach_the_predicting_network(build, name):
+    """With the unsupervised terms alone, the network moves; the labeled terms are cut off by a zeroed loss."""
+    trainer = build(name)
+    trainer.supervised_loss = lambda output, target: (output[0] if isinstance(output, list) else output).sum() * 0
+    before = [p.detach().clone() for p in trainer.network.parameters()]
+    trainer.settings.__dict__["weight_decay"] = 0.0
+    for optimizer in trainer.stepper.optimizers.values():
+        for group in optimizer.param_groups:
+            group["weight_decay"] = 0.0
+    run_steps(trainer, 2)
+    assert not same(before, [p.detach() for p in trainer.network.parameters()])
+
+
+@pytest.mark.parametrize("configuration", BOTH)
+@pytest.mark.parametrize("name", SEMI)
+def test_weight_zero_is_the_supervised_control_bit_for_bit(build, name, configuration):
+    method, control = build(name, configuration, OFF[name]), build("SupervisedTrainer", configuration)
+    run_steps(method, 3), run_steps(control, 3)
+    assert same(weights(method.network), weights(control.network))
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_save_load_and_the_next_step_are_identical(build, name, tmp_path):
+    first = build(name)
+    run_steps(first, 3)
+    first.save_checkpoint(str(tmp_path / "state.pth"))
+    second = build(name, start=False)
+    second.load_checkpoint(str(tmp_path / "state.pth"))
+    second.dataloader_train, second.dataloader_val = second.get_dataloaders()
+    second.set_deep_supervision_enabled(second.enable_deep_supervision)
+    second.network.train()
+    assert run_steps(first, 2) == run_steps(second, 2)
+    for network in ["network", *first.partners]:
+        assert same(weights(first.trained_network(network)), weights(second.trained_network(network)))
+    for teacher in first.teachers:
+        assert same(weights(first.teachers[teacher][1].module), weights(second.teachers[teacher][1].module))
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_checkpoint_has_nnunets_keys_and_loads_as_weights_only(build, name, tmp_path):
+    trainer = build(name)
+    run_steps(trainer, 1)
+    trainer.save_checkpoint(str(tmp_path / "state.pth"))
+    checkpoint = torch.load(tmp_path / "state.pth", weights_only=True)
+    assert set(checkpoint) == {
+        "network_weights",
+        "optimizer_state",
+        "grad_scaler_state",
+        "logging",
+        "_best_ema",
+        "current_epoch",
+        "init_args",
+        "trainer_name",
+        "inference_allowed_mirroring_axes",
+        "nnssl",
+    }
+    assert set(checkpoint["nnssl"]["partners"]) == set(trainer.partners)
+
+
+@pytest.mark.parametrize("name", SEMI)
+def test_poisoned_masks_of_unlabeled_cases_change_nothing(build, name, toy):
+    folder = Path(toy.preprocessed) / "toy2d_2d_unlabeled"
+    clean = build(name)
+    expected = run_steps(clean, 2)
+    files = sorted(folder.glob("*_seg.b2nd"))
+    backup = {f: f.read_bytes() for f in files}
+    try:
+        for file in files:
+            array = blosc2.open(str(file))
+            poison = np.random.default_rng(0).integers(0, 3, array.shape).astype(array.dtype)
+            file.unlink()
+            blosc2.asarray(poison, urlpath=str(file), mode="w")
+        assert run_steps(build(name), 2) == expected
+    finally:
+        for file, content in backup.items():
+            file.write_bytes(content)
+
+
+def train_argv(toy, name, configuration="2d", *more):
+    plans = toy.plans[configuration]
+    base = ["901", configuration, "-tr", name, "-p", plans, "-device", "cpu", "--epochs", "2"]
+    small = ["--set", "q=512", "k=8", "p=32"] if name == "DiffCLTrainer" else []
+    return [*base, "--iterations_per_epoch", "3", *small, *more]
+
+
+@pytest.mark.parametrize(
+    ("name", "configuration"), [(n, "2d") for n in ALL] + [("DiffCLTrainer", "3d_fullres"), ("CPSTrainer", "3d_fullres")]
+)
+def test_trained_model_predicts_the_same_masks_in_stock_nnunet(toy, results, tmp_path, name, configuration):
+    import SimpleITK as sitk
+
+    assert train.main(train_argv(toy, name, configuration)) == 0
+    model = results / toy.raw.name / f"{name}__{toy.plans[configuration]}__{configuration}"
+    source = toy.raw / "imagesTs"
+    common = ["-i", str(source), "-m", str(model), "-f", "all", "-device", "cpu", "-npp", "0", "-nps", "0"]
+    assert predict.main([*common, "-o", str(tmp_path / "ours")]) == 0
+    code = "from nnunetv2.inference.predict_from_raw_data import predict_entry_point_modelfolder as p; p()"
+    environment = {**os.environ, "nnUNet_extTrainer": str(shim_folder())}
+    command = [sys.executable, "-c", code, *common, "-o", str(tmp_path / "stock")]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-2000:]
+    masks = sorted((tmp_path / "stock").glob("*.nii.gz"))
+    assert len(masks) == 2
+    for mask in masks:
+        ours, stock = (sitk.ReadImage(str(tmp_path / side / mask.name)) for side in ("ours", "stock"))
+        image = sitk.ReadImage(str(source / mask.name.replace(".nii.gz", "_0000.nii.gz")))
+        assert np.array_equal(sitk.GetArrayFromImage(ours), sitk.GetArrayFromImage(stock))
+        for side in (ours, stock):
+            assert side.GetSize() == image.GetSize()
+            assert np.allclose(side.GetSpacing(), image.GetSpacing())
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_resume_from_an_epochs_end_equals_the_unbroken_run(toy, results, name):
+    folder = results / toy.raw.name
+    assert train.main(train_argv(toy, name)) == 0
+    whole = folder / f"{name}__toy2d__2d" / "fold_all"
+    broken = folder / f"{name}__toy2d-broken__2d" / "fold_all"
+    with pytest.raises(_Stopped):
+        stop_at(3, lambda: train.main(train_argv(toy, name, "2d", "--run", "broken")), at_epoch_end=True)
+    assert train.main(["901", "2d", "-tr", name, "-p", "toy2d", "-device", "cpu", "--run", "broken", "--c"]) == 0
+    assert_same_run(whole, broken)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_resume_from_sigterm_within_an_epoch_equals_the_unbroken_run(toy, results, name):
+    folder = results / toy.raw.name
+    assert train.main(train_argv(toy, name)) == 0
+    whole = folder / f"{name}__toy2d__2d" / "fold_all"
+    broken = folder / f"{name}__toy2d-broken__2d" / "fold_all"
+    with pytest.raises(SystemExit) as stopped:
+        stop_at(4, lambda: train.main(train_argv(toy, name, "2d", "--run", "broken")))
+    assert stopped.value.code == EXIT_STOPPED
+    assert train.main(["901", "2d", "-tr", name, "-p", "toy2d", "-device", "cpu", "--run", "broken", "--c"]) == 0
+    assert_same_run(whole, broken)
+
+
+class _Stopped(Exception):
+    """Stands for a process that died."""
+
+
+def stop_at(step: int, run, at_epoch_end: bool = False) -> None:
+    """Send this process SIGTERM after a step, or die before the step that follows an epoch's end."""
+    import signal
+
+    from nnssl.trainers.base import SemiSupervisedTrainer
+
+    original = SemiSupervisedTrainer.train_step
+
+    def stepping(self, batch):
+        if at_epoch_end and self.global_step == step:
+            raise _Stopped
+        scalars = original(self, batch)
+        if not at_epoch_end and self.global_step == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return scalars
+
+    SemiSupervisedTrainer.train_step = stepping
+    try:
+        run()
+    finally:
+        SemiSupervisedTrainer.train_step = original
+
+
+def assert_same_run(whole: Path, broken: Path) -> None:
+    a, b = (torch.load(f / "checkpoint_final.pth", weights_only=True) for f in (whole, broken))
+    assert same(list(a["network_weights"].values()), list(b["network_weights"].values()))
+    assert a["nnssl"]["partners"].keys() == b["nnssl"]["partners"].keys()
+    for key, partner in a["nnssl"]["partners"].items():
+        assert same(list(partner["weights"].values()), list(b["nnssl"]["partners"][key]["weights"].values()))
+    for key in ("train_losses", "mean_fg_dice", "val_losses"):
+        assert a["logging"][key] == b["logging"][key]
+    rows = [[(r["losses"], r["branches"], r["foreground"]) for r in _records(f)] for f in (whole, broken)]
+    assert rows[0] == rows[1]
+
+
+def _records(folder: Path) -> list[dict]:
+    import json
+
+    return [json.loads(line) for line in (folder / "progress.jsonl").read_text().splitlines()]
+
+
+def test_teacher_follows_the_closed_form(build):
+    trainer = build("MeanTeacherTrainer", settings={"ema_decay": 0.6})
+    expected = [p.detach().clone() for p in trainer.network.parameters()]
+    for step in range(4):
+        run_steps(trainer, 1)
+        alpha = min(1 - 1 / (step + 1), 0.6)
+        expected = [alpha * e + (1 - alpha) * p.detach() for e, p in zip(expected, trainer.network.parameters(), strict=True)]
+    for e, t in zip(expected, trainer.teacher.parameters(), strict=True):
+        assert torch.allclose(e, t, atol=1e-6)
+    assert not any(p.requires_grad or p.grad is not None for p in trainer.teacher.parameters())
+
+
+def test_batches_of_the_control_and_of_a_method_are_equal(build):
+    a, b = next(build("SupervisedTrainer").dataloader_train), next(build("CPSTrainer").dataloader_train)
+    assert torch.equal(a["data"], b["data"])
+    assert a["keys"] == b["keys"]
+    assert "unlabeled" not in a
+    assert not any("target" in key or "label" in key for key in b["unlabeled"])
+
+
+def test_steps_do_not_depend_on_what_ran_before(build):
+    first, second = build("DiffCLTrainer"), build("DiffCLTrainer")
+    batch = next(first.dataloader_train)
+    seed_everything(99, 0, Stream.SAMPLING, 5)
+    torch.randn(100)
+    assert first.train_step(batch) == second.train_step(next(second.dataloader_train))
+
+
+def test_no_unlabeled_case_runs_as_supervised_and_says_so(build, toy, capsys):
+    method = build("DiffCLTrainer", start=False)
+    method.initialize()
+    original = type(method).do_split
+
+    def without_pool(self):
+        result = original(self)
+        self.unlabeled_ids = []
+        return result
+
+    method.do_split = without_pool.__get__(method)
+    method.dataloader_train, method.dataloader_val = method.get_dataloaders()
+    assert "no unlabeled case" in capsys.readouterr().out
+    method.set_deep_supervision_enabled(True)
+    assert all(np.isfinite(v) for v in run_steps(method, 1)[0].values())
+
+
+def test_results_are_cleaned_of_scratch(toy, results):
+    """A finished run leaves the final checkpoint and its records, nothing temporary."""
+    assert train.main(train_argv(toy, "SupervisedTrainer")) == 0
+    fold = results / toy.raw.name / "SupervisedTrainer__toy2d__2d" / "fold_all"
+    names = {p.name for p in fold.iterdir()}
+    assert {"checkpoint_final.pth", "progress.jsonl", "progress.csv", "progress.png", "losses.png"} <= names
+    assert "checkpoint_latest.pth" not in names
+    assert not [n for n in names if n.endswith(".tmp")]
+    shutil.rmtree(fold)
