@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -241,6 +242,29 @@ class HighFrequencyMamba(nn.Module):
 
 def _to_map(tokens: Tensor, like: Tensor) -> Tensor:
     return tokens.permute(1, 2, 0).reshape(like.shape)
+
+
+def build_hfm_modules(hfm: dict[str, Any] | None, channels: Sequence[int], ndim: int) -> nn.ModuleDict:
+    """Build the modules a network's ``hfm`` argument describes, keyed by encoder stage; none for None.
+
+    Args:
+        hfm: {"stages": [int], and any of "threshold", "mask", "mode", "scan_backend"}.
+        channels: channels of each encoder stage's output.
+        ndim: spatial axes.
+
+    Raises:
+        UserError: a stage the encoder does not have, or an unknown key.
+    """
+    if hfm is None:
+        return nn.ModuleDict()
+    options = dict(hfm)
+    stages = options.pop("stages", None)
+    if not stages or any(s not in range(len(channels)) for s in stages):
+        raise UserError("hfm stages must be encoder stages", got=stages, allowed=f"0 to {len(channels) - 1}")
+    allowed = ("threshold", "mask", "mode", "scan_backend")
+    if unknown := set(options) - set(allowed):
+        raise UserError("unknown hfm key", got=", ".join(sorted(unknown)), allowed=", ".join(("stages", *allowed)))
+    return nn.ModuleDict({str(s): HighFrequencyMamba(channels[s], ndim, **options) for s in sorted(set(stages))})
 
 
 def no_weight_decay_parameters(modules: Iterable[nn.Module]) -> list[nn.Parameter]:

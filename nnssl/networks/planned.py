@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from nnssl.errors import UserError
 from nnssl.networks.conditioning import FiLM, TimeEmbedding
-from nnssl.networks.high_frequency_mamba import HighFrequencyMamba
+from nnssl.networks.high_frequency_mamba import build_hfm_modules
 
 BASES = (PlainConvUNet, ResidualEncoderUNet)
 MIN_HFM_SIZE = 8  # below this a spectrum has too few coefficients for a cut-off to mean anything
@@ -65,24 +65,12 @@ class PlannedUNet(nn.Module):
         self.keys_to_in_proj = planned.keys_to_in_proj
         self.feature_channels: int = self.decoder.seg_layers[-1].in_channels
         with torch.random.fork_rng(devices=[]):  # the parts below must not move the random numbers of what follows
-            self.hfm = self._build_hfm(hfm)
+            ndim = convert_conv_op_to_dim(self.encoder.conv_op)
+            self.hfm = build_hfm_modules(hfm, self.encoder.output_channels, ndim)
             if conditioning:
                 self.time_embedding = TimeEmbedding()
                 self.films = self._build_films()
         self.conditioning = conditioning
-
-    def _build_hfm(self, hfm: dict[str, Any] | None) -> nn.ModuleDict:
-        if hfm is None:
-            return nn.ModuleDict()
-        options = dict(hfm)
-        stages, channels = options.pop("stages", None), self.encoder.output_channels
-        if not stages or any(not 0 <= s < len(channels) for s in stages):
-            raise UserError("hfm stages must be encoder stages", got=stages, allowed=f"0 to {len(channels) - 1}")
-        allowed = ("threshold", "mask", "mode", "scan_backend")
-        if unknown := set(options) - set(allowed):
-            raise UserError("unknown hfm key", got=", ".join(sorted(unknown)), allowed=", ".join(("stages", *allowed)))
-        ndim = convert_conv_op_to_dim(self.encoder.conv_op)
-        return nn.ModuleDict({str(s): HighFrequencyMamba(channels[s], ndim, **options) for s in sorted(set(stages))})
 
     def _build_films(self) -> nn.ModuleList:
         stem = [] if _stem(self.encoder) is None else [self.encoder.stem]
