@@ -123,6 +123,19 @@ def configuration_of(plans: dict[str, Any], configuration: str) -> dict[str, Any
     return {**configuration_of(plans, own["inherits_from"]), **own}
 
 
+def plans_on_disk(preprocessed_folder: Path) -> dict[str, dict[str, Any]]:
+    """Return the plans of a preprocessed data set by name; other JSON files and unreadable ones are passed over."""
+    found = {}
+    for path in sorted(Path(preprocessed_folder).glob("*.json")):
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:
+            continue
+        if isinstance(content, dict) and "plans_name" in content and "configurations" in content:
+            found[path.stem] = content
+    return found
+
+
 def preprocessing_hash(plans: dict[str, Any], configuration: str) -> str:
     """Hash what changes preprocessed voxels: spacing, normalization, masks, resampling, transpose, reader.
 

@@ -18,6 +18,7 @@ from nnssl.plans.manifest import (
     digest,
     empty_manifest,
     load_manifest,
+    plans_on_disk,
     save_manifest,
     write_json_atomically,
 )
@@ -139,11 +140,7 @@ def _refuse_layout(dataset: RawDataset) -> None:
 
 def _refuse_configurations(configurations: Sequence[str] | None, folder: Path) -> None:
     """Refuse what can't be a configuration before anything is written."""
-    known = set(CONFIGURATIONS)
-    for path in folder.glob("*.json"):
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(content, dict):
-            known |= set(content.get("configurations", {})) if "plans_name" in content else set()
+    known = set(CONFIGURATIONS).union(*(plans["configurations"] for plans in plans_on_disk(folder).values()))
     for name in configurations or ():
         if name == CASCADE:
             rule = (

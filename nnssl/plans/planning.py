@@ -26,7 +26,7 @@ from nnunetv2.utilities.find_class_by_name import recursive_find_python_class
 from nnunetv2.utilities.json_export import recursive_fix_for_json_export
 
 from nnssl.errors import UserError, nearest
-from nnssl.plans.manifest import configuration_of, preprocessing_hash, write_json_atomically
+from nnssl.plans.manifest import configuration_of, plans_on_disk, preprocessing_hash, write_json_atomically
 from nnssl.plans.options import CASCADE, Overrides, PlanningOptions
 
 DEFAULT_PLANNER = "ExperimentPlanner"
@@ -318,12 +318,7 @@ def _keep_from_old(plans: dict[str, Any], path: Path) -> None:
 
 def _separate_data_identifiers(plans: dict[str, Any], folder: Path) -> None:
     """Give a configuration data of its own where another plan keeps differently preprocessed data of that name."""
-    others = []
-    for path in folder.glob("*.json"):
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if path.stem != plans["plans_name"] and isinstance(content, dict) and "configurations" in content:
-            others.append(content)
-    others = [other for other in others if "plans_name" in other]
+    others = [other for stem, other in plans_on_disk(folder).items() if stem != plans["plans_name"]]
     for name, config in plans["configurations"].items():
         if "data_identifier" not in config:
             continue
