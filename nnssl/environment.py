@@ -48,3 +48,30 @@ def check_environment() -> None:
             None,
             "install each of the two in a virtual environment of its own",
         )
+
+
+def mend_torchvision() -> None:
+    """Let ``import torchvision`` work beside a CPU build of torch, for stock nnU-Net's trainer look-up.
+
+    nnU-Net's look-up imports every trainer of its own, and one of them reaches timm and torchvision. PyPI's
+    torchvision is built for CUDA; beside a CPU torch its compiled operators are missing, and the import fails at those
+    that it describes without a check. nnU-Net uses none of them, so declaring them first is enough. Beside a CUDA
+    torch, without torchvision, or once it is imported, nothing happens.
+    """
+    import importlib.util
+    import sys
+
+    found = importlib.util.find_spec("torchvision")
+    if found is None or "torchvision" in sys.modules:
+        return
+    import torch
+
+    if torch.version.cuda is not None:
+        return
+    library = torch.library.Library("torchvision", "FRAGMENT")
+    for operator in ("nms", "qnms"):
+        library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    _DECLARED.append(library)  # the declaration lives as long as the object
+
+
+_DECLARED: list = []

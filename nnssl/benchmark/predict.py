@@ -14,6 +14,13 @@ from typing import Any
 from nnssl.benchmark.timing import interleaved, summary
 
 
+#: Stock prediction in a process of its own, also where torchvision and torch do not fit (see mend_torchvision).
+STOCK_PREDICT = (
+    "from nnssl.environment import mend_torchvision; mend_torchvision(); "
+    "from nnunetv2.inference.predict_from_raw_data import predict_entry_point_modelfolder as main; main()"
+)
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the prediction benchmark."""
     parser.add_argument("-i", required=True, help="folder of images")
@@ -30,14 +37,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     environment = {**os.environ, "nnUNet_extTrainer": str(shim_folder())}
     with tempfile.TemporaryDirectory() as folder:
         common = ["-i", args.i, "-m", args.m, "-f", args.f, "-device", args.device]
-        stock = "from nnunetv2.inference.predict_from_raw_data import predict_entry_point_modelfolder as p; p()"
         ours = "import sys; from nnssl.cli.predict import main; sys.exit(main())"
 
         def call(code: str, out: str) -> None:
             command = [sys.executable, "-c", code, *common, "-o", str(Path(folder, out))]
             subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL)
 
-        sides = {"nnUNetv2_predict": lambda: call(stock, "stock"), "nnssl_predict": lambda: call(ours, "ours")}
+        sides = {"nnUNetv2_predict": lambda: call(STOCK_PREDICT, "stock"), "nnssl_predict": lambda: call(ours, "ours")}
         seconds = interleaved(sides, args.repeats)
         names = sorted(p.name for p in Path(folder, "stock").glob("*.nii.gz"))
         same = [n for n in names if Path(folder, "ours", n).read_bytes() == Path(folder, "stock", n).read_bytes()]

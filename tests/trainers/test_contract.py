@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import blosc2
@@ -13,8 +11,11 @@ import numpy as np
 import pytest
 import torch
 
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+
 from nnssl.cli import predict, train
 from nnssl.data.seeding import Stream, seed_everything
+from nnssl.environment import mend_torchvision
 from nnssl.trainers.registry import TRAINERS, shim_folder
 from nnssl.training.signals import EXIT_STOPPED
 from nnssl_test_tools import same, weights
@@ -141,7 +142,7 @@ def train_argv(toy, name, configuration="2d", *more):
 @pytest.mark.parametrize(
     ("name", "configuration"), [(n, "2d") for n in ALL] + [("DiffCLTrainer", "3d_fullres"), ("CPSTrainer", "3d_fullres")]
 )
-def test_trained_model_predicts_the_same_masks_in_stock_nnunet(toy, results, tmp_path, name, configuration):
+def test_trained_model_predicts_the_same_masks_in_stock_nnunet(toy, results, tmp_path, monkeypatch, name, configuration):
     import SimpleITK as sitk
 
     assert train.main(train_argv(toy, name, configuration)) == 0
@@ -149,11 +150,14 @@ def test_trained_model_predicts_the_same_masks_in_stock_nnunet(toy, results, tmp
     source = toy.raw / "imagesTs"
     common = ["-i", str(source), "-m", str(model), "-f", "all", "-device", "cpu", "-npp", "0", "-nps", "0"]
     assert predict.main([*common, "-o", str(tmp_path / "ours")]) == 0
-    code = "from nnunetv2.inference.predict_from_raw_data import predict_entry_point_modelfolder as p; p()"
-    environment = {**os.environ, "nnUNet_extTrainer": str(shim_folder())}
-    command = [sys.executable, "-c", code, *common, "-o", str(tmp_path / "stock")]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr[-2000:]
+    monkeypatch.setenv("nnUNet_extTrainer", str(shim_folder()))
+    mend_torchvision()
+    stock = nnUNetPredictor(device=torch.device("cpu"), perform_everything_on_device=False, allow_tqdm=False)
+    stock.initialize_from_trained_model_folder(str(model), ("all",), "checkpoint_final.pth")
+    images = [[str(p)] for p in sorted(source.iterdir())]
+    outputs = [str(tmp_path / "stock" / Path(p[0]).name[: -len("_0000.nii.gz")]) for p in images]
+    (tmp_path / "stock").mkdir()
+    stock.predict_from_files_sequential(images, outputs)
     masks = sorted((tmp_path / "stock").glob("*.nii.gz"))
     assert len(masks) == 2
     for mask in masks:
