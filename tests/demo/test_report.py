@@ -102,6 +102,11 @@ def test_missing_values_are_not_numbers_and_never_best() -> None:
 
 def test_report_does_not_take_sides() -> None:
     """With exchanged numbers the exchanged trainer is marked."""
+    for trainer, distance in (("A", 9.0), ("B", 4.0)):
+        near = copy.deepcopy(SUMMARY)
+        near["trainers"]["A"]["hd95_mm"], near["trainers"]["B"]["hd95_mm"] = 9.0, distance
+        near["trainers"][trainer]["hd95_mm"] = 3.0
+        assert build_report(near, [], {}).count('<td class="best">3.0</td>') == 1
     swapped = copy.deepcopy(SUMMARY)
     swapped["trainers"]["A"], swapped["trainers"]["B"] = SUMMARY["trainers"]["B"], SUMMARY["trainers"]["A"]
     assert '<tr><td>A</td><td class="best">0.750</td>' in build_report(swapped, [], {})
