@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from functools import cache
+from itertools import takewhile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -46,6 +47,8 @@ TORCH_FREE = FOUNDATION | {"evaluation", "dataset_conversion", "cli"}
 PAPER_VARIANTS: set[tuple[str, str]] = set()
 #: Present only in a developer's environment or loaded by other packages; importing nnssl must not need them.
 NOT_FOR_RUN_TIME = {"torchvision", "timm", "medpy", "mambapy", "hypothesis", "pytest"}
+#: Where one command of a shell line ends.
+SHELL_OPERATORS = {"|", "||", "&&", "&", ";", ">", ">>", "2>"}
 
 
 class Import(NamedTuple):
@@ -234,8 +237,9 @@ def command_lines() -> Iterator[tuple[str, list[str]]]:
         blocks = re.findall(r"^```(?:bash|sh|console)?\n(.*?)^```", document.read_text(encoding="utf-8"), re.M | re.S)
         for line in "".join(blocks).replace("\\\n", " ").splitlines():
             words = shlex.split(line, comments=True) if re.match(r"\s*(\$ )?nnssl_\w+", line) else []
+            words = list(takewhile(lambda word: word not in SHELL_OPERATORS, words[words[:1] == ["$"] :]))
             if words:
-                yield document.name, words[words[0] == "$" :]
+                yield document.name, words
 
 
 def test_commands_in_the_documentation_parse(capsys):
