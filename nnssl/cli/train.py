@@ -23,6 +23,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, help="seed of weights, batches and noise (default 0)")
     parser.add_argument("--epochs", type=int, help="number of epochs (default 120)")
     parser.add_argument("--iterations_per_epoch", type=int, help="iterations an epoch (default 250)")
+    parser.add_argument("--precision", help="auto (default: nnU-Net's), fp32, bf16 (faster on recent CPUs)")
     parser.add_argument("--tensorboard", action="store_true", help="also write TensorBoard event files")
     parser.add_argument("--c", action="store_true", help="continue from the latest checkpoint")
     parser.add_argument("--val", action="store_true", help="only run the final validation of a finished run")
@@ -55,7 +56,8 @@ def execute(args: argparse.Namespace) -> None:
         raise UserError("the fold must be all or a number", repr(args.fold), "all, 0, 1, ...")
     if args.c and (args.val or args.pretrained_weights):
         raise UserError("--c goes alone", "--val or -pretrained_weights beside it", None, "choose one")
-    options = {k: getattr(args, k) for k in ("seed", "epochs", "iterations_per_epoch") if getattr(args, k) is not None}
+    names = ("seed", "epochs", "iterations_per_epoch", "precision")
+    options = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     if args.tensorboard:
         options["tensorboard"] = True
     settings = parse_settings(args.set)

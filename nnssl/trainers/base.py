@@ -107,6 +107,8 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         block[type(self).__name__] = self.settings.to_dict()
         block["run"] = self.run_options.to_dict()
         super().__init__(plans, configuration, fold, dataset_json, device)
+        if self.run_options.precision != "auto":
+            self.grad_scaler = None  # bfloat16 has single precision's range, nothing underflows
         if self.is_ddp and device.type == "cpu":  # nnU-Net takes every process group for CUDA; gloo runs on CPUs
             self.device, self.grad_scaler = device, None
         self._refuse_unsupported()
@@ -291,6 +293,11 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         """Return the transforms of unlabeled crops; a method with its own strong view overrides this."""
         return unlabeled_transforms(stock)
 
+    def validation_step(self, batch: dict) -> dict:
+        """Run nnU-Net's validation step in the run's precision."""
+        with self.precision():
+            return super().validation_step(batch)
+
     def _monitoring_loader(self, val, loader, patch, transforms) -> tuple[IndexedLoader, str]:
         """Return a loader that gives the same patches every round, and what they come from."""
         if self.monitoring_ids:
@@ -332,9 +339,13 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         self._watch_finiteness(scalars, batch)
         return scalars
 
-    def precision(self):
-        """Return nnU-Net's mixed precision on CUDA, full precision elsewhere."""
-        return torch.autocast("cuda") if self.device.type == "cuda" else contextlib.nullcontext()
+    def precision(self) -> contextlib.AbstractContextManager:
+        """Return the run's autocast context: nnU-Net's half precision on CUDA by default, none elsewhere."""
+        chosen = self.run_options.precision
+        if chosen == "bf16":
+            return torch.autocast(self.device.type, torch.bfloat16)
+        half = chosen == "auto" and self.device.type == "cuda"
+        return torch.autocast("cuda") if half else contextlib.nullcontext()
 
     def supervised_loss(self, output, target) -> Tensor:
         """Return nnU-Net's own loss (Dice + cross-entropy or BCE, deeply supervised)."""
@@ -386,7 +397,8 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         self.on_train_epoch_end([{"loss": np.array(sum(means[n] for n in self.objective_names(means)))}])
         with torch.no_grad():
             self.on_validation_epoch_start()
-            outputs = [self.validation_step(next(self.dataloader_val)) for _ in range(self.num_val_iterations_per_epoch)]
+            batches = (next(self.dataloader_val) for _ in range(self.num_val_iterations_per_epoch))
+            outputs = [self.validation_step(batch) for batch in batches]
             self.on_validation_epoch_end(outputs)
             branches = self._monitor_branches()
         self.epoch_seconds = time.monotonic() - started
