@@ -13,7 +13,6 @@ from typing import Any
 
 from nnssl.benchmark.timing import interleaved, summary
 
-
 #: Stock prediction in a process of its own, also where torchvision and torch do not fit (see mend_torchvision).
 STOCK_PREDICT = (
     "from nnssl.environment import mend_torchvision; mend_torchvision(); "

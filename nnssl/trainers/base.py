@@ -199,7 +199,11 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         return self.network if name == "network" else self.partners[name].module
 
     def _networks(self) -> list[nn.Module]:
-        return [self.network, *(p.module for p in self.partners.values()), *(t.module for _, t in self.teachers.values())]
+        return [
+            self.network,
+            *(p.module for p in self.partners.values()),
+            *(t.module for _, t in self.teachers.values()),
+        ]
 
     def set_deep_supervision_enabled(self, enabled: bool) -> None:
         """Switch the low-resolution outputs of the trained networks; teachers never have them."""
@@ -241,7 +245,9 @@ class SemiSupervisedTrainer(nnUNetTrainer):
 
     def get_dataloaders(self):
         """Build the paired training loader and the loaders of validation and monitoring patches."""
-        rotation, dummy_2d, initial_patch, mirror_axes = self.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
+        rotation, dummy_2d, initial_patch, mirror_axes = (
+            self.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
+        )
         patch = self.configuration_manager.patch_size
         scales = self._get_deep_supervision_scales()
         labels = {
@@ -495,7 +501,9 @@ class SemiSupervisedTrainer(nnUNetTrainer):
     def _record_epoch(self, epoch: int, means: dict[str, float], branches: dict[str, float | None]) -> None:
         foreground = self.watch.report()
         names = self.objective_names(means)
-        validation = [None if not np.isfinite(d) else float(d) for d in self.logger.get_value("dice_per_class_or_region", -1)]
+        validation = [
+            None if not np.isfinite(d) else float(d) for d in self.logger.get_value("dice_per_class_or_region", -1)
+        ]
         record = {
             "epoch": epoch,
             "step": self.global_step,
@@ -623,7 +631,9 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         mine = self.plans_manager.plans["configurations"][self.configuration_name].get("architecture")
         if init["configuration"] != self.configuration_name or plain(architecture) != plain(mine):
             rule = "--c must continue a checkpoint of the same configuration and network"
-            raise UserError(rule, f"{path} of another plan", None, "check -p and the configuration, or start a new --run")
+            raise UserError(
+                rule, f"{path} of another plan", None, "check -p and the configuration, or start a new --run"
+            )
         for what, old, new in (
             ("settings", extra["settings"], self.settings.to_dict()),
             ("run options", extra["run"], self.run_options.to_dict()),

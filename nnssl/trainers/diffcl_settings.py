@@ -12,6 +12,7 @@ from nnssl.training.ramps import schedule
 
 PLANNED = "nnssl.networks.planned.PlannedUNet"
 VNET = "nnssl.networks.vnet.VNet"
+VNET_STRIDES = (1, 2, 2, 2, 2)
 _COURSE = "constant, linear, ramp, warmup1 to warmup99"
 
 
@@ -62,7 +63,9 @@ class DiffCLSettings(Settings):
         try:
             return [int(part) for part in self.hfm_stages.split(",")]
         except ValueError as error:
-            raise UserError("hfm_stages must be auto or stage numbers", repr(self.hfm_stages), "auto, 3, 2,3") from error
+            raise UserError(
+                "hfm_stages must be auto or stage numbers", repr(self.hfm_stages), "auto, 3, 2,3"
+            ) from error
 
 
 def segmentation_architecture(plans: dict, configuration: str, settings: DiffCLSettings) -> None:
@@ -77,26 +80,22 @@ def segmentation_architecture(plans: dict, configuration: str, settings: DiffCLS
     arch = config["architecture"]
     if arch["network_class_name"] in (PLANNED, VNET):
         return
-    strides = arch["arch_kwargs"]["strides"]
+    vnet = settings.network == "vnet"
+    strides = VNET_STRIDES if vnet else arch["arch_kwargs"]["strides"]
     hfm = None
     if settings.hfm:
-        stages = settings.stages() or [choose_hfm_stage(config["patch_size"], strides)]
         hfm = {
-            "stages": stages,
+            "stages": settings.stages() or [choose_hfm_stage(config["patch_size"], strides)],
             "threshold": settings.hfm_threshold,
             "mask": settings.hfm_mask,
             "mode": settings.hfm_mode,
         }
-    if settings.network == "vnet":
-        config["architecture"] = _vnet(arch, hfm)
+    if vnet:
+        kwargs = {"ndim": len(config["patch_size"]), "hfm": hfm}
+        config["architecture"] = {"network_class_name": VNET, "arch_kwargs": kwargs, "_kw_requires_import": []}
     else:
         kwargs = {**copy.deepcopy(arch["arch_kwargs"]), "base": arch["network_class_name"], "hfm": hfm}
         config["architecture"] = {**arch, "network_class_name": PLANNED, "arch_kwargs": kwargs}
-
-
-def _vnet(arch: dict, hfm: dict | None) -> dict:
-    ndim = 2 if arch["arch_kwargs"]["conv_op"].endswith("Conv2d") else 3
-    return {"network_class_name": VNET, "arch_kwargs": {"ndim": ndim, "hfm": hfm}, "_kw_requires_import": []}
 
 
 def diffusion_architecture(segmentation: dict) -> dict:

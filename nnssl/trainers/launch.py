@@ -73,7 +73,9 @@ def read_plans(job: Job) -> tuple[dict, dict]:
     path = folder / f"{job.plans}.json"
     if not path.is_file():
         known = [p.stem for p in folder.glob("*lans*.json")]
-        raise UserError("-p must name a plan of the data set", job.plans, nearest(job.plans, known), "run nnssl_plan_and_preprocess")
+        raise UserError(
+            "-p must name a plan of the data set", job.plans, nearest(job.plans, known), "run nnssl_plan_and_preprocess"
+        )
     plans = json.loads(path.read_text(encoding="utf-8"))
     if job.configuration not in plans["configurations"]:
         allowed = nearest(job.configuration, plans["configurations"])

@@ -22,7 +22,9 @@ def train_section(name_or_path: str, trainer: str) -> tuple[dict[str, Any], dict
     section = dict(preset.get("train", {}))
     meant = section.pop("trainer", trainer)
     if meant != trainer:
-        raise UserError("a preset belongs to one trainer", f"-tr {trainer} with {preset['name']}", meant, f"use -tr {meant}")
+        raise UserError(
+            "a preset belongs to one trainer", f"-tr {trainer} with {preset['name']}", meant, f"use -tr {meant}"
+        )
     settings = section.pop("set", {})
     unknown = sorted(set(section) - set(_OPTIONS))
     if unknown:

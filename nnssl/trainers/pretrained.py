@@ -32,7 +32,9 @@ def load_pretrained(trainer: SemiSupervisedTrainer, path: Path) -> list[str]:
     missing = sorted(set(own) - set(matching))
     if len(matching) < len(own) / 2:
         got = f"{len(matching)} of {len(own)} match in {path}"
-        raise UserError("pretrained weights must fit the planned network", got, "half or more", "plan as for the source")
+        raise UserError(
+            "pretrained weights must fit the planned network", got, "half or more", "plan as for the source"
+        )
     network.load_state_dict(matching, strict=False)
     trainer.print_to_log_file(f"pretrained weights: {len(matching)} of {len(own)} tensors from {path}")
     return missing

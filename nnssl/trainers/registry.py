@@ -81,7 +81,9 @@ def trainer_info(name: str) -> TrainerInfo:
         UserError: for a name that is not registered, with the nearest ones.
     """
     if name not in TRAINERS:
-        raise UserError("-tr must name an nnssl trainer", repr(name), nearest(name, TRAINERS), "see nnssl_info trainers")
+        raise UserError(
+            "-tr must name an nnssl trainer", repr(name), nearest(name, TRAINERS), "see nnssl_info trainers"
+        )
     return TRAINERS[name]
 
 

@@ -6,7 +6,6 @@ from dataclasses import asdict, dataclass
 
 from nnssl.errors import UserError
 
-
 PRECISIONS = ("auto", "fp32", "bf16")
 
 

@@ -13,7 +13,9 @@ from nnssl.errors import UserError, nearest
 from nnssl.training.ramps import schedule
 
 
-def option(default: Any, help: str, *, choices: tuple | None = None, low: float | None = None, high: float | None = None):
+def option(
+    default: Any, help: str, *, choices: tuple | None = None, low: float | None = None, high: float | None = None
+):
     """Declare one setting: its default, what it does, and which values are allowed (``low``/``high`` inclusive)."""
     return field(default=default, metadata={"help": help, "choices": choices, "low": low, "high": high})
 
@@ -115,7 +117,9 @@ def _check(declared: dataclasses.Field, value: Any) -> Any:
     if value is None:
         return value
     if choices is not None and value not in choices:
-        raise UserError(f"setting {declared.name} must be one of its choices", repr(value), ", ".join(map(str, choices)))
+        raise UserError(
+            f"setting {declared.name} must be one of its choices", repr(value), ", ".join(map(str, choices))
+        )
     if (low is not None and value < low) or (high is not None and value > high):
         bounds = f"{'-inf' if low is None else low} to {'inf' if high is None else high}"
         raise UserError(f"setting {declared.name} must be in range", value, bounds)

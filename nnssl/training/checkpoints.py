@@ -48,7 +48,9 @@ def save_atomically(checkpoint: dict, path: Path) -> None:
         with contextlib.suppress(OSError):
             temporary.unlink()
         remedy = "free space or mend the folder's rights, then continue with --c"
-        raise UserError("a checkpoint must be written", f"{error} at {path}", "the old checkpoint stays", remedy) from error
+        raise UserError(
+            "a checkpoint must be written", f"{error} at {path}", "the old checkpoint stays", remedy
+        ) from error
 
 
 def sync_folder(folder: Path) -> None:
@@ -96,10 +98,17 @@ def require_space(folder: Path, needed_bytes: int) -> None:
         probe.write_bytes(b"x")
         probe.unlink()
     except OSError as error:
-        raise UserError("the results folder must be writable", f"{folder}: {error}", None, "mend rights or nnUNet_results") from error
+        raise UserError(
+            "the results folder must be writable", f"{folder}: {error}", None, "mend rights or nnUNet_results"
+        ) from error
     import shutil
 
     free = shutil.disk_usage(folder).free
     if free < needed_bytes:
         got = f"{free / 1e6:.0f} MB free in {folder}"
-        raise UserError("the results folder needs room for two checkpoints", got, f"{needed_bytes / 1e6:.0f} MB or more", "free space")
+        raise UserError(
+            "the results folder needs room for two checkpoints",
+            got,
+            f"{needed_bytes / 1e6:.0f} MB or more",
+            "free space",
+        )

@@ -10,7 +10,7 @@ import blosc2
 import numpy as np
 import pytest
 import torch
-
+from nnssl_test_tools import same, weights
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
 from nnssl.cli import predict, train
@@ -18,7 +18,6 @@ from nnssl.data.seeding import Stream, seed_everything
 from nnssl.environment import mend_torchvision
 from nnssl.trainers.registry import TRAINERS, shim_folder
 from nnssl.training.signals import EXIT_STOPPED
-from nnssl_test_tools import same, weights
 
 ALL = sorted(TRAINERS)
 SEMI = [name for name in ALL if name != "SupervisedTrainer"]
@@ -140,9 +139,12 @@ def train_argv(toy, name, configuration="2d", *more):
 
 
 @pytest.mark.parametrize(
-    ("name", "configuration"), [(n, "2d") for n in ALL] + [("DiffCLTrainer", "3d_fullres"), ("CPSTrainer", "3d_fullres")]
+    ("name", "configuration"),
+    [(n, "2d") for n in ALL] + [("DiffCLTrainer", "3d_fullres"), ("CPSTrainer", "3d_fullres")],
 )
-def test_trained_model_predicts_the_same_masks_in_stock_nnunet(toy, results, tmp_path, monkeypatch, name, configuration):
+def test_trained_model_predicts_the_same_masks_in_stock_nnunet(
+    toy, results, tmp_path, monkeypatch, name, configuration
+):
     import SimpleITK as sitk
 
     assert train.main(train_argv(toy, name, configuration)) == 0
@@ -245,7 +247,9 @@ def test_teacher_follows_the_closed_form(build):
     for step in range(4):
         run_steps(trainer, 1)
         alpha = min(1 - 1 / (step + 1), 0.6)
-        expected = [alpha * e + (1 - alpha) * p.detach() for e, p in zip(expected, trainer.network.parameters(), strict=True)]
+        expected = [
+            alpha * e + (1 - alpha) * p.detach() for e, p in zip(expected, trainer.network.parameters(), strict=True)
+        ]
     for e, t in zip(expected, trainer.teacher.parameters(), strict=True):
         assert torch.allclose(e, t, atol=1e-6)
     assert not any(p.requires_grad or p.grad is not None for p in trainer.teacher.parameters())

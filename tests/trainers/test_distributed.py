@@ -1,0 +1,50 @@
+"""Two gloo processes train one model: what runs on many GPUs, tested on two CPU processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from nnssl_test_tools import same
+
+from nnssl.trainers.stepping import parameters_of
+
+SCRIPT = Path(__file__).parent.parent / "tools" / "gloo_step.py"
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("DiffCLTrainer", {"q": 128, "k": 8, "p": 16, "unlabeled_batch": 3}),
+        ("MeanTeacherTrainer", {"unlabeled_batch": 2}),
+    ],
+)
+def test_ranks_have_equal_weights_after_steps_on_different_batches(toy, results, tmp_path, name, settings):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(SCRIPT)]
+    run = subprocess.run(
+        [*command, name, "toy2d", str(tmp_path), json.dumps(settings)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    a, b = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1))
+    assert a["weights"].keys() == b["weights"].keys()
+    for network in a["weights"]:
+        assert same(a["weights"][network], b["weights"][network]), network
+    assert not torch.equal(a["data"], b["data"])  # every rank draws its own batches
+    assert [x + y for x, y in zip(a["sizes"], b["sizes"], strict=True)] == [2, settings["unlabeled_batch"]]
+
+
+def test_no_parameter_is_moved_by_two_optimizers_and_every_one_by_one(build):
+    trainer = build("DiffCLTrainer")
+    moved = [id(p) for o in trainer.stepper.optimizers.values() for p in parameters_of(o)]
+    networks = [trainer.network, *(p.module for p in trainer.partners.values())]
+    assert len(moved) == len(set(moved))
+    assert set(moved) == {id(p) for m in networks for p in m.parameters() if p.requires_grad}
