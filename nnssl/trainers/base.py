@@ -6,7 +6,6 @@ import contextlib
 import copy
 import json
 import os
-import platform
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,27 +14,25 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 import torch.distributed as dist
-from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
-from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 from torch import Tensor, nn
 
-from nnssl import __version__
-from nnssl.data.loader import IndexedLoader, LabeledLoader, PairedLoader, UnlabeledLoader, wrap_loader
 from nnssl.data.seeding import Stream, seed_everything
-from nnssl.data.unlabeled import UnlabeledDataset
-from nnssl.data.views import labeled_transforms, unlabeled_transforms
+from nnssl.data.views import unlabeled_transforms
 from nnssl.errors import UserError
 from nnssl.layout import RawDataset
 from nnssl.plans.manifest import load_manifest, manifest_digest, monitoring_cases, require_current, unlabeled_cases
 from nnssl.plans.splits import fold_cases
+from nnssl.trainers.batches import build_loaders
 from nnssl.trainers.monitoring import branch_dice
+from nnssl.trainers.recording import epoch_line, epoch_record, objective, write_run_manifest
 from nnssl.trainers.run_options import RunOptions
 from nnssl.trainers.settings import Settings
+from nnssl.trainers.state import collect_state, require_own, restore_state
 from nnssl.trainers.stepping import LossGroup, Partner, StepRunner, broadcast_weights, make_sgd, unwrap
-from nnssl.training.checkpoints import load_safely, plain, require_space, save_atomically
+from nnssl.training.checkpoints import load_safely, require_space, save_atomically
 from nnssl.training.ema import EMATeacher
 from nnssl.training.foreground import ForegroundWatch
 from nnssl.training.label_space import LabelSpace
@@ -128,6 +125,8 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         self.epoch_sums: dict[str, float] = {}
         self.bad_steps = 0
         self.unlabeled_ids: list[str] = []
+        self.monitoring_ids: list[str] = []
+        self.manifest_hash: str | None = None
         self.epoch_seconds = 0.0
 
     def _refuse_unsupported(self) -> None:
@@ -245,55 +244,9 @@ class SemiSupervisedTrainer(nnUNetTrainer):
 
     def get_dataloaders(self):
         """Build the paired training loader and the loaders of validation and monitoring patches."""
-        rotation, dummy_2d, initial_patch, mirror_axes = (
-            self.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
-        )
-        patch = self.configuration_manager.patch_size
-        scales = self._get_deep_supervision_scales()
-        labels = {
-            "is_cascaded": False,
-            "foreground_labels": self.label_manager.foreground_labels,
-            "regions": self.label_manager.foreground_regions if self.label_manager.has_regions else None,
-            "ignore_label": self.label_manager.ignore_label,
-        }
-        masked = self.configuration_manager.use_mask_for_norm
-        stock = self.get_training_transforms(patch, rotation, scales, mirror_axes, dummy_2d, masked, **labels)
-        train, val = self.get_tr_and_val_datasets()
-
-        def loader(dataset, crop, transforms, kind=nnUNetDataLoader, batch=None, oversample=None):
-            oversample = self.oversample_foreground_percent if oversample is None else oversample
-            return kind(
-                dataset,
-                batch or self.batch_size,
-                crop,
-                patch,
-                self.label_manager,
-                oversample_foreground_percent=oversample,
-                transforms=transforms,
-            )
-
-        labeled = loader(train, initial_patch, labeled_transforms(stock, self.labeled_weak_view), LabeledLoader)
-        unlabeled = None
-        if self.unlabeled_ids:
-            pool = UnlabeledDataset(self.preprocessed_dataset_folder + "_unlabeled", self.unlabeled_ids, any(masked))
-            unlabeled = loader(
-                pool, initial_patch, self.unlabeled_views(stock), UnlabeledLoader, self.unlabeled_batch_size(), 0.0
-            )
-        elif self.uses_unlabeled:
-            self.warn("no unlabeled case: this run trains on the labeled cases alone, as SupervisedTrainer would")
-        seed, workers = self.run_options.seed, get_allowed_n_proc_DA()
-        pin = self.device.type == "cuda"
-        paired = PairedLoader(labeled, unlabeled, seed=seed, rank=self.local_rank, start_index=self.global_step)
-        val_transforms = self.get_validation_transforms(scales, **labels)
-        watched = IndexedLoader(
-            loader(val, patch, val_transforms),
-            seed=seed,
-            rank=self.local_rank,
-            stream=Stream.VAL_BATCH,
-            start_index=self.current_epoch * self.num_val_iterations_per_epoch,
-        )
-        self.monitor, self.monitor_name = self._monitoring_loader(val, loader, patch, val_transforms)
-        return wrap_loader(paired, workers, pin), wrap_loader(watched, min(workers, max(1, workers // 2)), pin)
+        loaders = build_loaders(self, *self.get_tr_and_val_datasets())
+        self.monitor, self.monitor_name = loaders.monitor, loaders.monitor_name
+        return loaders.train, loaders.validation
 
     def unlabeled_views(self, stock):
         """Return the transforms of unlabeled crops; a method with its own strong view overrides this."""
@@ -303,16 +256,6 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         """Run nnU-Net's validation step in the run's precision."""
         with self.precision():
             return super().validation_step(batch)
-
-    def _monitoring_loader(self, val, loader, patch, transforms) -> tuple[IndexedLoader, str]:
-        """Return a loader that gives the same patches every round, and what they come from."""
-        if self.monitoring_ids:
-            folder = self.preprocessed_dataset_folder + "_monitoring"
-            source, name = infer_dataset_class(folder)(folder, self.monitoring_ids), "imagesVal"
-        else:
-            source, name = val, "training cases" if self.fold == "all" else f"validation cases of fold {self.fold}"
-        indexed = loader(source, patch, transforms)
-        return IndexedLoader(indexed, seed=self.run_options.seed, stream=Stream.MONITORING_BATCH), name
 
     # ------------------------------------------------------------------ one step
     @property
@@ -400,7 +343,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
                 self._leave_if_asked(stop)
         self.epoch_seconds = time.monotonic() - started
         means = {name: total / self.num_iterations_per_epoch for name, total in self.epoch_sums.items()}
-        self.on_train_epoch_end([{"loss": np.array(sum(means[n] for n in self.objective_names(means)))}])
+        self.on_train_epoch_end([{"loss": np.array(sum(objective(means).values()))}])
         with torch.no_grad():
             self.on_validation_epoch_start()
             batches = (next(self.dataloader_val) for _ in range(self.num_val_iterations_per_epoch))
@@ -410,11 +353,6 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         self.epoch_seconds = time.monotonic() - started
         self.on_epoch_end(means, branches)
         self.epoch_seconds = 0.0
-
-    @staticmethod
-    def objective_names(means: dict[str, float]) -> list[str]:
-        """Return the scalars that are loss terms (``loss_*``), as opposed to figures that are only logged."""
-        return [name for name in means if name.startswith("loss_")]
 
     def _leave_if_asked(self, stop: StopRequest) -> None:
         requested = stop.requested is not None
@@ -440,7 +378,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         if self.local_rank == 0:
             tensorboard = self.run_options.tensorboard
             self.run_log = RunLog(Path(self.output_folder), self.current_epoch, tensorboard)
-            self._write_run_manifest()
+            write_run_manifest(self)
         self.print_to_log_file(f"branches are watched on {self.monitor_name}", also_print_to_console=True)
 
     def _sync_teachers(self) -> None:
@@ -448,22 +386,6 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         if self.global_step == 0:
             for source, teacher in self.teachers.values():
                 teacher.load_state_dict(unwrap(self.trained_network(source)).state_dict())
-
-    def _write_run_manifest(self) -> None:
-        record = {
-            "nnssl": __version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-            "machine": platform.machine(),
-            "device": str(self.device),
-            "trainer": type(self).__name__,
-            "settings": self.settings.to_dict(),
-            "run": self.run_options.to_dict(),
-            "unlabeled_manifest": self.manifest_hash,
-            "unlabeled_cases": len(self.unlabeled_ids),
-            "monitoring": self.monitor_name,
-        }
-        Path(self.output_folder, "nnssl_run.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
     def plot_network_architecture(self) -> None:
         """Draw nothing: nnU-Net's drawing needs a package that no longer works."""
@@ -499,33 +421,12 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             self.save_checkpoint(os.path.join(self.output_folder, "checkpoint_latest.pth"))
 
     def _record_epoch(self, epoch: int, means: dict[str, float], branches: dict[str, float | None]) -> None:
-        foreground = self.watch.report()
-        names = self.objective_names(means)
-        validation = [
-            None if not np.isfinite(d) else float(d) for d in self.logger.get_value("dice_per_class_or_region", -1)
-        ]
-        record = {
-            "epoch": epoch,
-            "step": self.global_step,
-            "seconds": round(self.epoch_seconds, 2),
-            "lr": self.learning_rate(),
-            "losses": {n: means[n] for n in names},
-            "figures": {n: v for n, v in means.items() if n not in names},
-            "validation_dice": {str(i + 1): d for i, d in enumerate(validation)},
-            "branches": branches,
-            "monitored_on": self.monitor_name,
-            "foreground": foreground,
-        }
-        self.run_log.write(plain(finite_only(record)))
-        eta = self.epoch_seconds * (self.num_epochs - epoch - 1)
-        shown = ", ".join(f"{n[5:]} {means[n]:.4f}" for n in names)
-        dice = ", ".join(f"{n} {'-' if v is None else f'{v:.3f}'}" for n, v in branches.items())
-        self.print_to_log_file(
-            f"epoch {epoch + 1}/{self.num_epochs}: {shown}; Dice on {self.monitor_name}: {dice}; "
-            f"{self.epoch_seconds:.1f} s, ETA {time.strftime('%H:%M:%S', time.gmtime(eta))}"
-        )
+        record = epoch_record(self, epoch, means, branches)
+        self.run_log.write(record)
+        self.print_to_log_file(epoch_line(self, record))
         for branch in self.watch.runaway():
-            fractions = f"{foreground[branch]:.4f} of the voxels, labels have {foreground['labeled']:.4f}"
+            shown = record["foreground"]
+            fractions = f"{shown[branch]:.4f} of the voxels, labels have {shown['labeled']:.4f}"
             self.warn(f"the foreground predicted by {branch} runs away ({fractions})")
 
     def warn(self, text: str) -> None:
@@ -550,40 +451,8 @@ class SemiSupervisedTrainer(nnUNetTrainer):
     # ------------------------------------------------------------------ checkpoints
     def save_checkpoint(self, filename: str) -> None:
         """Write nnU-Net's nine keys and everything else under ``nnssl``, atomically."""
-        if self.local_rank != 0:
-            return
-        if self.disable_checkpointing:
-            self.print_to_log_file("No checkpoint written, checkpointing is disabled")
-            return
-        checkpoint = {
-            "network_weights": unwrap(self.network).state_dict(),
-            "optimizer_state": self.optimizer.state_dict(),
-            "grad_scaler_state": self.grad_scaler.state_dict() if self.grad_scaler is not None else None,
-            "logging": self.logger.get_checkpoint(),
-            "_best_ema": self._best_ema,
-            "current_epoch": self.current_epoch,
-            "init_args": {**self.my_init_kwargs, "device": str(self.device)},
-            "trainer_name": type(self).__name__,
-            "inference_allowed_mirroring_axes": self.inference_allowed_mirroring_axes,
-            "nnssl": {
-                "version": __version__,
-                "settings": self.settings.to_dict(),
-                "run": self.run_options.to_dict(),
-                "seed": self.run_options.seed,
-                "global_step": self.global_step,
-                "epoch_sums": self.epoch_sums,
-                "epoch_seconds": self.epoch_seconds,
-                "foreground": self.watch.state_dict(),
-                "partners": {
-                    name: {"weights": unwrap(p.module).state_dict(), "optimizer": p.optimizer.state_dict()}
-                    for name, p in self.partners.items()
-                },
-                "teachers": {name: teacher.state_dict() for name, (_, teacher) in self.teachers.items()},
-                "modules": {name: module.state_dict() for name, module in self.modules.items()},
-                "unlabeled_manifest": getattr(self, "manifest_hash", None),
-            },
-        }
-        save_atomically(plain(checkpoint), Path(filename))
+        if self.local_rank == 0 and not self.disable_checkpointing:
+            save_atomically(collect_state(self), Path(filename))
 
     def load_checkpoint(self, filename_or_checkpoint: str) -> None:
         """Continue from a checkpoint of the same method, plan and settings.
@@ -593,55 +462,10 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         """
         path = Path(filename_or_checkpoint)
         checkpoint = load_safely(path)
-        self._require_own(checkpoint, path)
+        require_own(self, checkpoint, path)
         if not self.was_initialized:
             self.initialize()
-        extra = checkpoint["nnssl"]
-        try:
-            unwrap(self.network).load_state_dict(checkpoint["network_weights"])
-            self.optimizer.load_state_dict(checkpoint["optimizer_state"])
-            for name, state in extra["partners"].items():
-                unwrap(self.partners[name].module).load_state_dict(state["weights"])
-                self.partners[name].optimizer.load_state_dict(state["optimizer"])
-            for name, state in extra["teachers"].items():
-                self.teachers[name][1].load_state_dict(state)
-            for name, state in extra["modules"].items():
-                self.modules[name].load_state_dict(state)
-        except (RuntimeError, KeyError, ValueError) as error:
-            first_line = str(error).strip().splitlines()[0]
-            raise UserError("the checkpoint must fit the plan and the method", f"{path}: {first_line}") from error
-        if self.grad_scaler is not None and checkpoint["grad_scaler_state"] is not None:
-            self.grad_scaler.load_state_dict(checkpoint["grad_scaler_state"])
-        self.logger.load_checkpoint(checkpoint["logging"])
-        self._best_ema = checkpoint["_best_ema"]
-        self.current_epoch = checkpoint["current_epoch"]
-        self.inference_allowed_mirroring_axes = checkpoint["inference_allowed_mirroring_axes"]
-        self.global_step = extra["global_step"]
-        self.epoch_sums, self.epoch_seconds = extra["epoch_sums"], extra["epoch_seconds"]
-        self.watch.load_state_dict(extra["foreground"])
-
-    def _require_own(self, checkpoint: dict, path: Path) -> None:
-        """Refuse to continue from another method's, plan's or run's checkpoint."""
-        here, there = type(self).__name__, checkpoint.get("trainer_name")
-        if there != here or "nnssl" not in checkpoint:
-            rule = "--c must continue a checkpoint of the same trainer"
-            raise UserError(rule, f"{path} of {there}", here, "check -tr, or start a new --run")
-        init, extra = checkpoint["init_args"], checkpoint["nnssl"]
-        architecture = init["plans"]["configurations"][init["configuration"]].get("architecture")
-        mine = self.plans_manager.plans["configurations"][self.configuration_name].get("architecture")
-        if init["configuration"] != self.configuration_name or plain(architecture) != plain(mine):
-            rule = "--c must continue a checkpoint of the same configuration and network"
-            raise UserError(
-                rule, f"{path} of another plan", None, "check -p and the configuration, or start a new --run"
-            )
-        for what, old, new in (
-            ("settings", extra["settings"], self.settings.to_dict()),
-            ("run options", extra["run"], self.run_options.to_dict()),
-        ):
-            changed = [f"{k}={new[k]} (checkpoint: {old.get(k)})" for k in new if new[k] != old.get(k)]
-            if changed:
-                rule = f"--c takes its {what} from the checkpoint"
-                raise UserError(rule, ", ".join(changed), None, "leave them out, or start a new --run")
+        restore_state(self, checkpoint, path)
 
 
 def full_resolution(output: Tensor | list[Tensor]) -> Tensor:
@@ -658,10 +482,3 @@ def to_device(value: Any, device: torch.device) -> Any:
     if isinstance(value, list) and value and isinstance(value[0], Tensor):
         return [to_device(v, device) for v in value]
     return value
-
-
-def finite_only(value: Any) -> Any:
-    """Return nested records with values that are not finite replaced by None: JSON knows no NaN."""
-    if isinstance(value, dict):
-        return {k: finite_only(v) for k, v in value.items()}
-    return None if isinstance(value, float) and not np.isfinite(value) else value

@@ -177,7 +177,7 @@ def test_resume_from_an_epochs_end_equals_the_unbroken_run(toy, results, name):
     assert train.main(train_argv(toy, name)) == 0
     whole = folder / f"{name}__toy2d__2d" / "fold_all"
     broken = folder / f"{name}__toy2d-broken__2d" / "fold_all"
-    with pytest.raises(_Stopped):
+    with pytest.raises(DiedError):
         stop_at(3, lambda: train.main(train_argv(toy, name, "2d", "--run", "broken")), at_epoch_end=True)
     assert train.main(["901", "2d", "-tr", name, "-p", "toy2d", "-device", "cpu", "--run", "broken", "--c"]) == 0
     assert_same_run(whole, broken)
@@ -196,7 +196,7 @@ def test_resume_from_sigterm_within_an_epoch_equals_the_unbroken_run(toy, result
     assert_same_run(whole, broken)
 
 
-class _Stopped(Exception):
+class DiedError(Exception):
     """Stands for a process that died."""
 
 
@@ -210,7 +210,7 @@ def stop_at(step: int, run, at_epoch_end: bool = False) -> None:
 
     def stepping(self, batch):
         if at_epoch_end and self.global_step == step:
-            raise _Stopped
+            raise DiedError
         scalars = original(self, batch)
         if not at_epoch_end and self.global_step == step:
             os.kill(os.getpid(), signal.SIGTERM)
