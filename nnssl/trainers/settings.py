@@ -72,6 +72,19 @@ class Settings:
         return rows
 
 
+def settings_table(cls: type[Settings], base: type[Settings] | None = Settings) -> str:
+    """Return a method's settings as a Markdown table; those of ``base`` are left out (None: none are)."""
+    shared = {row["name"] for row in base.describe()} if base is not None else set()
+    inherited = {row["name"]: row for row in base.describe()} if base is not None else {}
+    lines = ["| setting | default | meaning |", "|---|---|---|"]
+    for row in cls.describe():
+        if row["name"] in shared and inherited[row["name"]]["default"] == row["default"]:
+            continue
+        choices = f" ({', '.join(map(str, row['choices']))})" if row["choices"] else ""
+        lines.append(f"| `{row['name']}` | {str(row['default']).lower()} | {row['help']}{choices} |")
+    return "\n".join(lines)
+
+
 @dataclass(frozen=True)
 class UnsupervisedSettings(Settings):
     """Settings of methods with one unsupervised term, weighted over the run."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from nnssl.errors import UserError
@@ -9,9 +11,9 @@ from nnssl.plans.preset import available_presets, load_preset
 from nnssl.trainers.diffcl_settings import DiffCLSettings
 from nnssl.trainers.mean_teacher import MeanTeacherSettings
 from nnssl.trainers.presets import train_section
-from nnssl.trainers.registry import TRAINERS, trainer_class
+from nnssl.trainers.registry import TRAINERS, trainer_class, trainer_info
 from nnssl.trainers.run_options import RunOptions
-from nnssl.trainers.settings import Settings
+from nnssl.trainers.settings import Settings, settings_table
 
 
 def test_strings_are_parsed_by_the_fields_type():
@@ -92,3 +94,11 @@ def test_run_options_refuse_what_cannot_be():
 def test_base_settings_are_nnunets():
     base = Settings()
     assert (base.initial_lr, base.momentum, base.nesterov, base.weight_decay) == (0.01, 0.99, True, 3e-5)
+
+
+@pytest.mark.parametrize("name", sorted(TRAINERS))
+def test_the_methods_page_holds_the_settings_as_the_code_has_them(name):
+    page = Path(__file__).parents[2] / "documentation" / "methods" / f"{trainer_info(name).module.split('.')[-1]}.md"
+    base = None if name == "SupervisedTrainer" else Settings
+    table = settings_table(trainer_class(name).settings_class, base)
+    assert table in page.read_text(encoding="utf-8"), f"put this into {page.name}:\n{table}"
