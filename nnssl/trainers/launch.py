@@ -14,9 +14,11 @@ import torch.distributed as dist
 
 from nnssl.errors import UserError, nearest
 from nnssl.layout import find_dataset, variable
+from nnssl.plans.manifest import plans_on_disk
 from nnssl.trainers.registry import expose_to_nnunet, trainer_class
 from nnssl.trainers.run_options import RunOptions
 from nnssl.trainers.runs import plans_name_of_run
+from nnssl.training.checkpoints import load_safely, require_space
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ def read_plans(job: Job) -> tuple[dict, dict]:
     folder = find_dataset(job.dataset, variable("nnUNet_preprocessed"))
     path = folder / f"{job.plans}.json"
     if not path.is_file():
-        known = [p.stem for p in folder.glob("*lans*.json")]
+        known = plans_on_disk(folder)
         raise UserError(
             "-p must name a plan of the data set", job.plans, nearest(job.plans, known), "run nnssl_plan_and_preprocess"
         )
@@ -105,8 +107,6 @@ def checkpoint_to_continue(folder: Path) -> Path | None:
 
 def take_from_checkpoint(job: Job, plans: dict, path: Path) -> None:
     """Put the checkpoint's settings and run options into ``plans``; what the user gives beside them must agree."""
-    from nnssl.training.checkpoints import load_safely
-
     extra = load_safely(path).get("nnssl")
     if extra is None:
         raise UserError("--c must continue a checkpoint written by nnssl_train", str(path), None, "start a new --run")
@@ -152,6 +152,7 @@ def run_job(job: Job) -> None:
     expose_to_nnunet()
     plans, dataset_json = read_plans(job)
     folder = fold_folder(job, plans)
+    require_space(variable("nnUNet_results"), 0)  # before the trainer writes its log there
     if job.continue_training:
         path = checkpoint_to_continue(folder)
         if path is None:

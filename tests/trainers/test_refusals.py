@@ -1,0 +1,149 @@
+"""nnssl_train refuses in one line with exit code 2, names what is allowed, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from nnssl.cli import train
+from nnssl.training.checkpoints import load_safely, save_atomically
+
+SMALL = ["-device", "cpu", "--epochs", "1", "--iterations_per_epoch", "1"]
+
+
+def refused(capsys, argv: list[str], *words: str) -> None:
+    """Assert exit code 2, one line on stderr that starts with the command, and the given words in it."""
+    capsys.readouterr()
+    assert train.main(argv) == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("nnssl_train: error: "), error
+    assert "\n" not in error
+    assert all(word in error for word in words), error
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["999", "2d", "-p", "toy2d"], ("'999'", "Dataset901_Toy")),
+        (["901", "3d", "-p", "toy2d"], ("configuration", "2d")),
+        (["901", "2d", "-p", "toy"], ("plan", "toy2d")),
+        (["901", "2d", "7", "-p", "toy2d"], ("fold", "0, 1")),
+        (["901", "2d", "first", "-p", "toy2d"], ("fold", "first")),
+        (["901", "2d", "-p", "toy2d", "-tr", "DiffCL"], ("DiffCLTrainer",)),
+        (["901", "2d", "-p", "toy2d", "--set", "etaa=1"], ("'etaa'", "eta")),
+        (["901", "2d", "-p", "toy2d", "--set", "eta"], ("KEY=VALUE",)),
+        (["901", "2d", "-p", "toy2d", "--set", "eta=-1"], ("eta", "0 to inf")),
+        (["901", "2d", "-p", "toy2d", "--run", "a__b"], ("--run", "a__b")),
+        (["901", "2d", "-p", "toy2d", "--preset", "diffcl_la5"], ("diffcl_la4",)),
+        (["901", "2d", "-p", "toy2d", "--precision", "fp8"], ("bf16",)),
+        (["901", "2d", "-p", "toy2d", "--c"], ("--c", "checkpoint")),
+        (["901", "2d", "-p", "toy2d", "-num_gpus", "2"], ("-num_gpus",)),
+    ],
+)
+def test_wrong_words_are_refused(toy, results, capsys, argv, words):
+    refused(capsys, [*argv, *SMALL] if "--c" not in argv else [*argv, "-device", "cpu"], *words)
+    assert not list(results.glob("**/*.pth"))
+
+
+def test_unset_variables_are_refused(toy, results, capsys, monkeypatch):
+    monkeypatch.delenv("nnUNet_preprocessed")
+    refused(capsys, ["901", "2d", "-p", "toy2d", *SMALL], "nnUNet_preprocessed", "export")
+
+
+@pytest.fixture
+def finished(toy, results):
+    """A finished run of one step."""
+    assert train.main(["901", "2d", "-p", "toy2d", "-tr", "SupervisedTrainer", *SMALL]) == 0
+    return results / toy.raw.name / "SupervisedTrainer__toy2d__2d" / "fold_all"
+
+
+def test_a_finished_run_is_not_overwritten(finished, capsys):
+    before = (finished / "checkpoint_final.pth").read_bytes()
+    refused(capsys, ["901", "2d", "-p", "toy2d", "-tr", "SupervisedTrainer", *SMALL], "never overwritten", "--run")
+    assert (finished / "checkpoint_final.pth").read_bytes() == before
+
+
+def test_continuing_another_methods_checkpoint_is_refused(finished, results, toy, capsys):
+    other = results / toy.raw.name / "MeanTeacherTrainer__toy2d__2d" / "fold_all"
+    shutil.copytree(finished, other)
+    refused(capsys, ["901", "2d", "-p", "toy2d", "-tr", "MeanTeacherTrainer", "--c", "-device", "cpu"], "trainer")
+
+
+def test_continuing_another_plans_checkpoint_is_refused(finished, toy, capsys):
+    plan = toy.preprocessed / "toy2d.json"
+    original = plan.read_text()
+    changed = json.loads(original)
+    changed["configurations"]["2d"]["architecture"]["arch_kwargs"]["features_per_stage"][0] = 6
+    try:
+        plan.write_text(json.dumps(changed))
+        argv = ["901", "2d", "-p", "toy2d", "-tr", "SupervisedTrainer", "--c", "-device", "cpu"]
+        refused(capsys, argv, "configuration and network", "-p")
+    finally:
+        plan.write_text(original)
+
+
+def test_a_contradicting_setting_beside_c_is_refused_and_an_agreeing_one_is_not(finished, capsys):
+    argv = ["901", "2d", "-p", "toy2d", "-tr", "SupervisedTrainer", "--c", "-device", "cpu"]
+    refused(capsys, [*argv, "--set", "momentum=0.5"], "momentum=0.5", "0.99")
+    refused(capsys, [*argv, "--seed", "3"], "seed=3")
+    assert train.main([*argv, "--set", "momentum=0.99", "--seed", "0"]) == 0
+
+
+def test_an_unsafe_checkpoint_is_refused(finished, capsys):
+    content = load_safely(finished / "checkpoint_final.pth")
+    content["logging"]["x"] = torch.nn.Linear(1, 1)
+    torch.save(content, finished / "checkpoint_final.pth")
+    argv = ["901", "2d", "-p", "toy2d", "-tr", "SupervisedTrainer", "--c", "-device", "cpu"]
+    refused(capsys, argv, "weights only")
+
+
+def test_a_fold_with_another_network_than_its_siblings_is_refused(toy, results, capsys):
+    small = ["--set", "q=64", "k=4"]
+    argv = ["901", "2d", "0", "-p", "toy2d", "-tr", "DiffCLTrainer", *SMALL]
+    folder = results / toy.raw.name / "DiffCLTrainer__toy2d__2d"
+    assert train.main(["901", "2d", "-p", "toy2d", "-tr", "DiffCLTrainer", *SMALL, *small]) == 0
+    refused(capsys, [*argv, *small, "hfm=false"], "share their network", str(folder))
+
+
+def test_a_results_folder_that_cannot_be_written_is_refused(toy, tmp_path, capsys, monkeypatch):
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("nnUNet_results", str(tmp_path / "file" / "results"))
+    refused(capsys, ["901", "2d", "-p", "toy2d", "-tr", "SupervisedTrainer", *SMALL], "results folder")
+
+
+def test_a_disk_that_fills_up_while_training_ends_with_one_line(toy, results, capsys, monkeypatch):
+    import errno
+
+    def full(content, file):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    argv = ["901", "2d", "-p", "toy2d", "-tr", "SupervisedTrainer", *SMALL]
+    capsys.readouterr()
+    assert train.main(argv) == 2
+    assert "No space left" in capsys.readouterr().err
+
+
+def test_stale_preprocessed_data_are_refused(toy, results, capsys):
+    manifest = toy.preprocessed / "nnssl_unlabeled.json"
+    original = manifest.read_text()
+    changed = json.loads(original)
+    for entry in changed["configurations"].values():
+        entry["preprocessing_hash"] = "0" * 64
+    try:
+        manifest.write_text(json.dumps(changed))
+        refused(capsys, ["901", "2d", "-p", "toy2d", *SMALL], "nnssl_plan_and_preprocess")
+    finally:
+        manifest.write_text(original)
+
+
+def test_pretrained_weights_start_the_network_and_must_fit(finished, toy, results, capsys, tmp_path):
+    source = str(finished / "checkpoint_final.pth")
+    argv = ["901", "2d", "-p", "toy2d", "-tr", "MeanTeacherTrainer", *SMALL]
+    assert train.main([*argv, "--run", "warm", "-pretrained_weights", source]) == 0
+    assert "pretrained weights:" in capsys.readouterr().out
+    save_atomically({"network_weights": {"other": torch.zeros(1)}}, tmp_path / "other.pth")
+    refused(capsys, [*argv, "--run", "wrong", "-pretrained_weights", str(tmp_path / "other.pth")], "must fit")
