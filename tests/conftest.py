@@ -2,40 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import pytest
+from nnssl_test_tools import nnunet_variables, toy_case, write_nifti
 
 LABELED, UNLABELED, WATCHED = 2, 4, 1
-SHAPE = (12, 40, 40)  # z, y, x in voxels
 DATASET = "Dataset901_Toy"
-
-
-def toy_case(seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return an image with a bright ball in a brighter-rimmed box, and its labels (1 box, 2 ball)."""
-    rng = np.random.default_rng(seed)
-    grid = np.stack(np.meshgrid(*(np.arange(n) for n in SHAPE), indexing="ij"))
-    center = np.array([n / 2 + rng.uniform(-2, 2) for n in SHAPE]).reshape(3, 1, 1, 1)
-    scale = np.array([2.0, 1.0, 1.0]).reshape(3, 1, 1, 1)
-    distance = np.sqrt((((grid - center) * scale) ** 2).sum(0))
-    label = np.where(distance < 12, 1, 0) + np.where(distance < 6, 1, 0)
-    image = 100.0 * label + rng.normal(0, 25, SHAPE) + 50
-    return image.astype(np.float32), label.astype(np.uint8)
-
-
-def write_nifti(path: Path, array: np.ndarray, spacing: tuple[float, ...] = (1.0, 1.0, 2.0)) -> None:
-    """Write an array (z, y, x) with spacing (x, y, z) in mm."""
-    import SimpleITK as sitk
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    image = sitk.GetImageFromArray(array)
-    image.SetSpacing(spacing)
-    sitk.WriteImage(image, str(path))
 
 
 def write_toy_raw(root: Path, name: str = DATASET, unlabeled: int = UNLABELED) -> Path:
@@ -77,30 +52,6 @@ class Toy:
     @property
     def preprocessed(self) -> Path:
         return self.root / "preprocessed" / DATASET
-
-
-@contextlib.contextmanager
-def nnunet_variables(root: Path):
-    """Point nnU-Net's variables below ``root``, one process and no data workers."""
-    values = {
-        "nnUNet_raw": str(root / "raw"),
-        "nnUNet_preprocessed": str(root / "preprocessed"),
-        "nnUNet_results": str(root / "results"),
-        "nnUNet_n_proc_DA": "0",
-        "nnUNet_def_n_proc": "1",
-    }
-    before = {k: os.environ.get(k) for k in values}
-    os.environ.update(values)
-    for folder in ("raw", "preprocessed", "results"):
-        (root / folder).mkdir(parents=True, exist_ok=True)
-    try:
-        yield
-    finally:
-        for key, value in before.items():
-            if value is None:
-                os.environ.pop(key, None)
-            else:
-                os.environ[key] = value
 
 
 @pytest.fixture(scope="session")
