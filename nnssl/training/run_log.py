@@ -75,21 +75,27 @@ class RunLog:
         matplotlib.use("agg")
         import matplotlib.pyplot as plt
 
-        figure, axes = plt.subplots(2, 1, figsize=(9, 9), sharex=True, layout="constrained")
+        with plt.rc_context(matplotlib.rcParamsDefault):  # nnU-Net sets seaborn's poster-sized theme for all figures
+            figure, axes = plt.subplots(2, 1, figsize=(8, 7), sharex=True, layout="constrained")
+            watched = self.records[-1].get("monitored_on", "monitoring cases")
+            self._draw(axes[0], "losses", "loss terms", "loss_")
+            self._draw(axes[1], "branches", f"Dice of branches on {watched}", "")
+            axes[1].set_ylim(0, 1)
+            axes[1].set_xlabel("epoch")
+            figure.savefig(self.folder / "losses.png", dpi=90)
+            plt.close(figure)
+
+    def _draw(self, axis: Any, part: str, title: str, prefix: str) -> None:
+        """Draw every curve of one part of the records."""
         epochs = [r["epoch"] for r in self.records]
-        for axis, part, label in ((axes[0], "losses", "loss term"), (axes[1], "branches", "Dice of branch")):
-            for name in dict.fromkeys(n for r in self.records for n in r.get(part, {})):
-                values = [r.get(part, {}).get(name) for r in self.records]
-                values = [float("nan") if v is None else v for v in values]
-                axis.plot(epochs, values, label=name, marker="." if len(epochs) < 30 else None)
-            axis.set_ylabel(label)
-            axis.grid(alpha=0.3)
-            if axis.has_data():
-                axis.legend(fontsize="small")
-        axes[1].set_ylim(0, 1)
-        axes[1].set_xlabel("epoch")
-        figure.savefig(self.folder / "losses.png", dpi=80)
-        plt.close(figure)
+        for name in dict.fromkeys(n for r in self.records for n in r.get(part, {})):
+            values = [r.get(part, {}).get(name) for r in self.records]
+            values = [float("nan") if v is None else v for v in values]
+            axis.plot(epochs, values, label=name.removeprefix(prefix), marker="." if len(epochs) < 30 else None)
+        axis.set_title(title)
+        axis.grid(alpha=0.3)
+        if axis.has_data():
+            axis.legend(fontsize="small")
 
 
 def flatten(record: dict[str, Any], prefix: str = "") -> dict[str, Any]:
