@@ -19,6 +19,7 @@ from nnssl.demo.report import write_report
 from nnssl.demo.steps import StepRunner, clock
 from nnssl.demo.synthetic import CLASSES, SPACING, SPLITS, STYLES, write_dataset
 from nnssl.errors import UserError
+from nnssl.layout import VARIABLES
 
 DATASET_ID = 900
 DATASET_NAME = "Demo"
@@ -128,13 +129,19 @@ def prepare_folder(folder: Path, overwrite: bool) -> None:
 
 @contextlib.contextmanager
 def _environment(folder: Path) -> Iterator[None]:
-    """Point nnU-Net's variables below ``folder`` and bound its workers by the cores, for the time of the run."""
+    """Point nnU-Net's variables below ``folder`` and share the cores, for the time of the run.
+
+    The networks are small: one core is left to the data worker, and more than four threads would only wait for each
+    other. What the user has set holds.
+    """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    values = {name: str(folder / name) for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")}
-    values |= {k: str(min(cores, 8)) for k in ("nnUNet_def_n_proc",) if k not in os.environ}
+    threads = str(min(4, max(1, cores - 1)))
+    shares = {"OMP_NUM_THREADS": threads, "nnUNet_n_proc_DA": threads, "nnUNet_def_n_proc": str(min(cores, 8))}
+    values = {name: str(folder / name) for name in VARIABLES}
+    values |= {name: value for name, value in shares.items() if name not in os.environ}
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
-    for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
+    for name in VARIABLES:
         (folder / name).mkdir(exist_ok=True)
     try:
         yield

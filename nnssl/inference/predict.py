@@ -194,7 +194,11 @@ def _trainer_lookup() -> Iterator[None]:
 
 
 class _Threads:
-    """Set torch's threads as ``nnUNetv2_predict`` does (all cores on the CPU, one beside a GPU) and set them back."""
+    """Set torch's threads for prediction and set them back.
+
+    As ``nnUNetv2_predict``, all cores on the CPU and one beside a GPU, but a user's ``OMP_NUM_THREADS`` holds: threads
+    that wait for a busy core are far slower than fewer threads.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -204,8 +208,7 @@ class _Threads:
 
         self.before = torch.get_num_threads()
         if self.device.type == "cpu":
-            affinity = getattr(os, "sched_getaffinity", None)
-            torch.set_num_threads(len(affinity(0)) if affinity else os.cpu_count() or 1)
+            torch.set_num_threads(_cpu_threads())
         elif self.device.type == "cuda":
             torch.set_num_threads(1)
         return self.device
@@ -214,3 +217,11 @@ class _Threads:
         import torch
 
         torch.set_num_threads(self.before)
+
+
+def _cpu_threads() -> int:
+    wanted = os.environ.get("OMP_NUM_THREADS", "")
+    if wanted.isdigit() and int(wanted) > 0:
+        return int(wanted)
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
