@@ -96,7 +96,7 @@ class PlannedUNet(nn.Module):
     def _modulation(self, t: Tensor) -> _Modulation:
         if not self.conditioning:
             raise ValueError("a time step was given to a network that was built without conditioning")
-        return _Modulation(self.time_embedding(t), iter(self.films))
+        return _Modulation(self.time_embedding(t), iter(list(self.films)))  # a list: dynamo cannot walk modules
 
     def _encode(self, x: Tensor, modulation: _Modulation | None) -> list[Tensor]:
         stem, skips = _stem(self.encoder), []

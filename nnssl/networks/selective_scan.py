@@ -96,7 +96,7 @@ def selective_scan(
         dtype = torch.float64 if u.dtype == torch.float64 else torch.float32
         args = [None if v is None else v.to(dtype) for v in (u, delta, A, B, C, D, z, delta_bias)]
         run = _torch_scan if kernel is None else _kernel_scan(kernel)
-        return run(*args, delta_softplus, strategy).to(u.dtype)
+        return run(args, delta_softplus, strategy).to(u.dtype)
 
 
 def _check_choice(rule: str, value: str, allowed: tuple[str, ...]) -> None:
@@ -119,7 +119,8 @@ def _choose_kernel(backend: str, u: Tensor) -> Callable[..., Tensor] | None:
 
 
 def _kernel_scan(kernel: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    def run(u, delta, A, B, C, D, z, delta_bias, delta_softplus, strategy):
+    def run(args: list[Any], delta_softplus: bool, strategy: str) -> Tensor:
+        u, delta, A, B, C, D, z, delta_bias = args
         u, delta, B, C = (v.contiguous() for v in (u, delta, B, C))
         z = None if z is None else z.contiguous()
         return kernel(u, delta, A.contiguous(), B, C, D=D, z=z, delta_bias=delta_bias, delta_softplus=delta_softplus)
@@ -127,7 +128,8 @@ def _kernel_scan(kernel: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return run
 
 
-def _torch_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, strategy) -> Tensor:
+def _torch_scan(args: list[Any], delta_softplus: bool, strategy: str) -> Tensor:
+    u, delta, A, B, C, D, z, delta_bias = args
     batch, d_in, length = u.shape
     B, C = (v.unsqueeze(1) if v.dim() == 3 else v for v in (B, C))
     groups = B.shape[1]
@@ -226,7 +228,7 @@ class _LoopScan(torch.autograd.Function):
             buffers = _LoopBuffers(A, items.stop - items.start, delta.shape[0], backward=True)
             for index, span in reversed(list(buffers.spans())):
                 parts = [v[span, items] for v in (delta, x, B, C, grad_y)]
-                results = buffers.gradients(*parts, starts[block][index], A, grad_A)
+                results = buffers.gradients(parts, starts[block][index], A, grad_A)
                 for grad, result in zip(grads, results, strict=True):
                     grad[span, items] = result
         return grads[0], grads[1], grad_A, grads[2], grads[3]
@@ -262,13 +264,16 @@ class _LoopBuffers:
         return h
 
     def gradients(
-        self, delta: Tensor, x: Tensor, B: Tensor, C: Tensor, grad_y: Tensor, start: Tensor, A: Tensor, grad_A: Tensor
+        self, parts: list[Tensor], start: Tensor, A: Tensor, grad_A: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return the gradients of (delta, x, B, C) on a block and add that of A; later blocks come first.
+
+        ``parts`` holds the block's (delta, x, B, C, grad_y).
 
         With ``g_t = C_t dL/dy_t + a_{t+1} g_{t+1}`` the gradient of the state, ``dx_t = <B_t, g_t>``, and the gradient
         of the exponent ``delta_t A`` is ``g_t a_t h_{t-1}``.
         """
+        delta, x, B, C, grad_y = parts
         n = delta.shape[0]
         h = self.states(delta, x, B, start)
         a, g, products = self.a[:n], _outer(grad_y, C, out=self.g[:n]), self.products[:n]
@@ -308,16 +313,16 @@ class _ChunkedScan(torch.autograd.Function):
         grad_A = torch.zeros_like(A)
         for items in _batch_blocks(delta.shape[1], A.numel() * delta.shape[0], CHUNKED_BLOCK):
             parts = [v[:, items] for v in (delta, x, B, C, grad_y)]
-            *results, part_A = _chunked_gradients(*parts, A)
+            *results, part_A = _chunked_gradients(parts, A)
             grad_A += part_A
             for grad, result in zip(grads, results, strict=True):
                 grad[:, items] = result
         return grads[0], grads[1], grad_A, grads[2], grads[3]
 
 
-def _chunked_gradients(
-    delta: Tensor, x: Tensor, B: Tensor, C: Tensor, grad_y: Tensor, A: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _chunked_gradients(parts: list[Tensor], A: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients of (delta, x, B, C, A) for parts (delta, x, B, C, grad_y)."""
+    delta, x, B, C, grad_y = parts
     a = _decays(delta, A * math.log2(math.e))
     h = linear_recurrence(a, x.unsqueeze(3) * B.unsqueeze(4))
     grad_C = _over_channels(h, grad_y)
