@@ -54,8 +54,8 @@ def execute(args: argparse.Namespace) -> None:
     trainer_info(args.tr)
     if args.fold != "all" and not args.fold.isdigit():
         raise UserError("the fold must be all or a number", repr(args.fold), "all, 0, 1, ...")
-    if args.c and (args.val or args.pretrained_weights):
-        raise UserError("--c goes alone", "--val or -pretrained_weights beside it", None, "choose one")
+    if args.c and (args.val or args.val_best or args.pretrained_weights):
+        raise UserError("--c goes alone", "--val, --val_best or -pretrained_weights beside it", None, "choose one")
     names = ("seed", "epochs", "iterations_per_epoch", "precision")
     options = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     if args.tensorboard:

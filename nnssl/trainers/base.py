@@ -23,6 +23,7 @@ from nnssl.data.seeding import Stream, seed_everything
 from nnssl.data.views import unlabeled_transforms
 from nnssl.errors import UserError
 from nnssl.layout import RawDataset
+from nnssl.losses.precision import fp32
 from nnssl.plans.manifest import load_manifest, manifest_digest, monitoring_cases, require_current, unlabeled_cases
 from nnssl.plans.splits import fold_cases
 from nnssl.trainers.batches import build_loaders
@@ -275,7 +276,8 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         for optimizer in self.stepper.optimizers.values():
             for group in optimizer.param_groups:
                 group["lr"] = self.learning_rate()
-        self.watch.update("labeled", self.label_space.foreground(full_resolution(batch["target"])))
+        target = full_resolution(batch["target"])
+        self.watch.update("labeled", self.label_space.foreground(target), self.label_space.valid(target))
         self.before_step()
         with self.precision():
             logged = self.stepper.run(self.compute_losses(batch))
@@ -296,8 +298,9 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         half = chosen == "auto" and self.device.type == "cuda"
         return torch.autocast("cuda") if half else contextlib.nullcontext()
 
+    @fp32
     def supervised_loss(self, output, target) -> Tensor:
-        """Return nnU-Net's own loss (Dice + cross-entropy or BCE, deeply supervised)."""
+        """Return nnU-Net's own loss (Dice + cross-entropy or BCE, deeply supervised), in single precision."""
         return self.loss(output, target)
 
     def watch_foreground(self, branch: str, hard: Tensor, valid: Tensor | None = None) -> None:

@@ -112,10 +112,10 @@ class StepRunner:
 
     def _step(self, optimizer: torch.optim.Optimizer) -> None:
         parameters = parameters_of(optimizer)
+        if self.distributed:  # before unscaling, so that every rank finds the same infinities and skips the same step
+            average_gradients(parameters)
         if self.scaler is not None:
             self.scaler.unscale_(optimizer)
-        if self.distributed:
-            average_gradients(parameters)
         nn.utils.clip_grad_norm_(parameters, MAX_GRADIENT_NORM)
         if self.scaler is not None:
             self.scaler.step(optimizer)
