@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import torch
 from nnssl.cli.predict import main
 from nnssl.errors import UserError
 from nnssl.inference.models import load_model
-from nnssl.inference.predict import PredictOptions, best_device, predict_folder
+from nnssl.inference.predict import PredictOptions, _Threads, best_device, predict_folder
 
 
 @pytest.fixture
@@ -142,6 +143,17 @@ def test_unknown_trainer_in_the_checkpoint_is_refused(model: Path, images: Path,
     torch.save({**torch.load(path, weights_only=True), "trainer_name": "NobodysTrainer"}, path)
     with pytest.raises(UserError, match="nnUNet_extTrainer"):
         predict_folder(load_model(model), images, tmp_path / "out", device=torch.device("cpu"))
+
+
+def test_number_of_threads_is_the_users_when_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    with _Threads(torch.device("cpu")):
+        assert torch.get_num_threads() == 3
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    with _Threads(torch.device("cpu")):
+        assert torch.get_num_threads() == (
+            len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        )
 
 
 REFUSALS = {
