@@ -30,7 +30,9 @@ def variable(name: str) -> Path:
     """
     value = os.environ.get(name, "")
     if not value:
-        raise UserError(f"the environment variable {name} must name a folder", "unset", None, f"export {name}=/a/folder")
+        raise UserError(
+            f"the environment variable {name} must name a folder", "unset", None, f"export {name}=/a/folder"
+        )
     return Path(value)
 
 
@@ -43,13 +45,12 @@ def find_dataset(id_or_name: int | str, root: Path | None = None) -> Path:
     root = variable("nnUNet_raw") if root is None else Path(root)
     known = sorted(p.name for p in root.glob("Dataset[0-9][0-9][0-9]_*") if p.is_dir())
     text = str(id_or_name)
-    if text.isdigit():
-        hits = [k for k in known if int(k[7:10]) == int(text)]
-    else:
-        hits = [k for k in known if k == text]
+    hits = [k for k in known if int(k[7:10]) == int(text)] if text.isdigit() else [k for k in known if k == text]
     if len(hits) != 1:
         rule = "a data set id or name must name exactly one data set"
-        raise UserError(f"{rule} in {root}", f"{text!r} ({len(hits)} found)", nearest(text, known), "check -d and the variables")
+        raise UserError(
+            f"{rule} in {root}", f"{text!r} ({len(hits)} found)", nearest(text, known), "check -d and the variables"
+        )
     return root / hits[0]
 
 
@@ -70,7 +71,9 @@ class RawDataset:
         """Read ``dataset.json`` of ``folder``."""
         path = Path(folder) / "dataset.json"
         if not path.is_file():
-            raise UserError("a raw data set needs a dataset.json", f"no {path}", None, "run nnssl_import or nnssl_convert")
+            raise UserError(
+                "a raw data set needs a dataset.json", f"no {path}", None, "run nnssl_import or nnssl_convert"
+            )
         try:
             return cls(Path(folder), json.loads(path.read_text(encoding="utf-8")))
         except json.JSONDecodeError as error:
@@ -112,7 +115,9 @@ class RawDataset:
         folder = self.folder / image_folder
         if not folder.is_dir():
             return []
-        return [p for p in sorted(folder.iterdir()) if not p.name.startswith(".") and not self._image_name.fullmatch(p.name)]
+        return [
+            p for p in sorted(folder.iterdir()) if not p.name.startswith(".") and not self._image_name.fullmatch(p.name)
+        ]
 
     def label_file(self, image_folder: str, case: str) -> Path:
         """Return the path where the label of a case of ``imagesTr``, ``imagesVal`` or ``imagesTs`` lies."""
@@ -129,7 +134,9 @@ class RawDataset:
         match = re.search(pattern, case)
         if match is None or not match.groups():
             remedy = "repair nnssl.patient_pattern in dataset.json"
-            raise UserError("patient_pattern must match every case id with one group", f"{pattern!r} on {case!r}", None, remedy)
+            raise UserError(
+                "patient_pattern must match every case id with one group", f"{pattern!r} on {case!r}", None, remedy
+            )
         return match[1]
 
     @cached_property

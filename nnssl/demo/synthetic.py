@@ -97,8 +97,8 @@ def make_case(seed: int, index: int, shape: tuple[int, int, int] = SHAPE) -> Syn
     label, center = _draw_targets(rng, shape)
     clean = _paint(rng, style, label, center)
     image = _scan(rng, style, clean)
-    origin = tuple(float(v) for v in rng.uniform(-80, 80, 3).round(2))
-    return SyntheticCase(image, label, style.name, origin, float(rng.uniform(-0.3, 0.3)))
+    x, y, z = (float(v) for v in rng.uniform(-80, 80, 3).round(2))
+    return SyntheticCase(image, label, style.name, (x, y, z), float(rng.uniform(-0.3, 0.3)))
 
 
 def write_dataset(

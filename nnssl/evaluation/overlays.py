@@ -47,15 +47,15 @@ def save_overlay(
     FigureCanvasAgg(figure)
     low, high = np.percentile(image_slice, (0.5, 99.5))
     drawn: list[tuple[str, np.ndarray | None]] = [("image", None), *masks.items()]
-    for axis, (name, mask) in zip(figure.subplots(1, panels, squeeze=False)[0], drawn, strict=True):
+    for axis, (name, drawn_mask) in zip(figure.subplots(1, panels, squeeze=False)[0], drawn, strict=True):
         axis.imshow(image_slice, cmap="gray", vmin=low, vmax=max(high, low + 1e-6), aspect=spacing[0] / spacing[1])
         axis.set_title(name, fontsize=9)
         axis.set_axis_off()
-        for value in values if mask is not None else ():
-            if (mask == value).any():
+        for value in values if drawn_mask is not None else ():
+            if np.any(drawn_mask == value):
                 # neighbors share a border, where the later contour hides the earlier one: the tint tells them apart
-                axis.contourf(mask == value, levels=[0.5, 1.5], colors=color[value], alpha=0.25)
-                axis.contour(mask == value, levels=[0.5], colors=color[value], linewidths=1.1)
+                axis.contourf(drawn_mask == value, levels=[0.5, 1.5], colors=color[value], alpha=0.25)
+                axis.contour(drawn_mask == value, levels=[0.5], colors=color[value], linewidths=1.1)
     if values:
         names = {v: (class_names or {}).get(v, f"class {v}") for v in values}
         handles = [Line2D([], [], color=color[v], label=names[v]) for v in values]

@@ -26,7 +26,7 @@ from nnssl.errors import UserError
 from nnssl.networks.selective_scan import selective_scan
 
 MASKS = ("radial", "box", "ratio")
-MODES = ("residual", "replace")
+MODES = ("gated", "residual", "replace")
 DIRECTIONS = 3
 STATE_SIZE = 16
 CONV_WIDTH = 4
@@ -208,7 +208,8 @@ class HighFrequencyMamba(nn.Module):
         ndim: number of spatial axes, 2 or 3.
         threshold: the paper's HF, see `high_pass_mask`.
         mask: ``radial``, ``box`` or ``ratio``.
-        mode: ``residual`` or ``replace``.
+        mode: ``residual`` returns f + F_o; ``replace`` F_o alone, as eq 10 prints; ``gated`` f + g F_o with a learned g
+            per channel that starts at zero, so that the network starts as its plain twin.
         scan_backend: see `nnssl.networks.selective_scan.selective_scan`; the weights do not depend on it.
     """
 
@@ -231,13 +232,16 @@ class HighFrequencyMamba(nn.Module):
         self.mamba = ThreeDirectionMamba(channels, scan_backend)
         conv = _CONV[ndim]
         self.mlp = nn.Sequential(conv(channels, 2 * channels, 1), nn.GELU(), conv(2 * channels, channels, 1))
+        self.gate = nn.Parameter(torch.zeros(channels, *[1] * ndim)) if mode == "gated" else None
 
     def forward(self, f: Tensor) -> Tensor:
         high = self.high_pass(self.gsc(f))
         tokens = high.flatten(2).permute(2, 0, 1)
         mixed = self.mamba(self.norm1(tokens), first=f.shape[2]) + tokens
         out = self.mlp(_to_map(self.norm2(mixed), f)) + _to_map(mixed, f)
-        return f + out.to(f.dtype) if self.mode == "residual" else out.to(f.dtype)
+        if self.gate is not None:
+            out = self.gate * out
+        return out.to(f.dtype) if self.mode == "replace" else f + out.to(f.dtype)
 
 
 def _to_map(tokens: Tensor, like: Tensor) -> Tensor:

@@ -34,6 +34,7 @@ class CPSTrainer(SemiSupervisedTrainer):
     """
 
     settings_class = CPSSettings
+    settings: CPSSettings
 
     def build_method(self) -> None:
         peer = self.build_network_architecture(
@@ -52,11 +53,11 @@ class CPSTrainer(SemiSupervisedTrainer):
         """Yield the supervised losses of both peers, then the cross terms."""
         weight = self.settings.unsupervised(self.fraction)
         unlabeled = batch.get("unlabeled")
-        semi = unlabeled is not None and weight > 0
+        alone = unlabeled is None or weight == 0
         for name in ("network", "peer"):
             loss = self.supervised_loss(self.trained_network(name)(batch["data"]), batch["target"])
-            yield LossGroup({f"loss_supervised_{name}": loss}, step=() if semi else (name,))
-        if not semi:
+            yield LossGroup({f"loss_supervised_{name}": loss}, step=(name,) if alone else ())
+        if unlabeled is None or alone:
             return
         space, valid = self.label_space, unlabeled["valid"]
         logits = {n: full_resolution(self.trained_network(n)(unlabeled["strong"])) for n in ("network", "peer")}

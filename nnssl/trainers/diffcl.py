@@ -26,6 +26,7 @@ from nnssl.losses.segmentation import dice_and_cross_entropy
 from nnssl.networks.projection import ProjectionHead
 from nnssl.trainers.base import SemiSupervisedTrainer, full_resolution
 from nnssl.trainers.diffcl_settings import DiffCLSettings, diffusion_architecture, segmentation_architecture
+from nnssl.trainers.settings import Settings
 from nnssl.trainers.stepping import LossGroup
 from nnssl.training.memory_bank import MemoryBank, choose, choose_per_class
 from nnssl.training.ramps import schedule
@@ -53,8 +54,9 @@ class DiffCLTrainer(SemiSupervisedTrainer):
     settings: DiffCLSettings
 
     @classmethod
-    def adapt_plans(cls, plans: dict, configuration: str, settings: DiffCLSettings) -> None:
+    def adapt_plans(cls, plans: dict, configuration: str, settings: Settings) -> None:
         """Put CS (planned network + HFM, or V-Net) into the plan's architecture, so that stock nnU-Net builds it."""
+        assert isinstance(settings, DiffCLSettings)  # built by the base from settings_class
         segmentation_architecture(plans, configuration, settings)
 
     # ------------------------------------------------------------------ networks

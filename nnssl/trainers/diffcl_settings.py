@@ -34,7 +34,11 @@ class DiffCLSettings(Settings):
     hfm_stages: str = option("auto", "encoder stages that get it: auto, or numbers separated by commas")
     hfm_threshold: float = option(0.5, "HF: normalized cut-off frequency, 1 = Nyquist of one axis", low=0)
     hfm_mask: str = option("radial", "shape of the high-pass filter", choices=("radial", "box", "ratio"))
-    hfm_mode: str = option("residual", "f + F_o, or F_o alone as eq. 10 prints", choices=("residual", "replace"))
+    hfm_mode: str = option(
+        "residual",
+        "f + F_o; f + g F_o with a gate g that starts at zero; or F_o alone as eq. 10 prints",
+        choices=("residual", "gated", "replace"),
+    )
     timesteps: int = option(1000, "T of the diffusion", low=2)
     t_min_unlabeled: int = option(0, "smallest time step drawn for unlabeled items", low=0)
     y0_scale: str = option("pm1", "range of the one-hot labels that are noised: -1..1 or 0..1", choices=("pm1", "01"))

@@ -36,6 +36,7 @@ class MeanTeacherTrainer(SemiSupervisedTrainer):
     """
 
     settings_class = MeanTeacherSettings
+    settings: MeanTeacherSettings
 
     def build_method(self) -> None:
         self.teacher = self.add_teacher("teacher", "network", self.settings.ema_decay)
@@ -47,10 +48,10 @@ class MeanTeacherTrainer(SemiSupervisedTrainer):
         """Yield the supervised loss, then the consistency cost."""
         weight = self.settings.unsupervised(self.fraction)
         unlabeled = batch.get("unlabeled")
-        semi = unlabeled is not None and weight > 0
+        alone = unlabeled is None or weight == 0
         loss = self.supervised_loss(self.network(batch["data"]), batch["target"])
-        yield LossGroup({"loss_supervised": loss}, step=() if semi else ("network",))
-        if not semi:
+        yield LossGroup({"loss_supervised": loss}, step=("network",) if alone else ())
+        if unlabeled is None or alone:
             return
         with torch.no_grad():
             target = self.label_space.probs(full_resolution(self.teacher(unlabeled["weak"])))

@@ -243,3 +243,15 @@ def test_decay_rates_and_direct_paths_are_marked_against_weight_decay():
     assert marked == {"mamba.A_log", "mamba.D"}
     twin = copy.deepcopy(module)
     assert [id(p) for p in no_weight_decay_parameters([twin])] == [id(twin.mamba.A_log), id(twin.mamba.D)]
+
+
+@pytest.mark.parametrize("ndim", [2, 3])
+def test_a_gated_module_starts_as_the_identity_and_its_gate_learns(ndim):
+    module, f = HighFrequencyMamba(8, ndim, mode="gated"), torch.randn(2, 8, *[8] * ndim)
+    assert torch.equal(module(f), f)
+    module(f).square().sum().backward()
+    assert module.gate.grad.abs().min() > 0
+    module.gate.data.fill_(1.0)
+    residual = HighFrequencyMamba(8, ndim, mode="residual")
+    residual.load_state_dict({k: v for k, v in module.state_dict().items() if k != "gate"})
+    assert torch.allclose(module(f), residual(f))

@@ -36,7 +36,8 @@ def test_the_table_holds_every_record_with_missing_values_empty(tmp_path):
     log.write({**record(1), "losses": {"loss_a": 0.5, "loss_b": 2.0}})
     with open(tmp_path / "progress.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    assert rows[0]["losses/loss_b"] == "" and rows[0]["branches/network"] == ""
+    assert rows[0]["losses/loss_b"] == ""
+    assert rows[0]["branches/network"] == ""
     assert rows[1]["losses/loss_b"] == "2.0"
     assert (tmp_path / "losses.png").stat().st_size > 1000
 
