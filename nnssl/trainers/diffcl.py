@@ -108,8 +108,9 @@ class DiffCLTrainer(SemiSupervisedTrainer):
         truth = full_resolution(batch["target"])
         cs = self._run(self.network, images, count)
         y_u = cs.hard_unlabeled
-        ds = self._run(self.ds, torch.cat([images, self._noised_pair(truth, y_u)], 1), count, t=self._times)
-        pseudo_label = self._ddim_label(image_u) if s.ds_pseudo == "ddim" else ds.hard_unlabeled
+        seen_by_ds = torch.cat([batch["data"], unlabeled[s.ds_view]])
+        ds = self._run(self.ds, torch.cat([seen_by_ds, self._noised_pair(truth, y_u)], 1), count, t=self._times)
+        pseudo_label = self._ddim_label(unlabeled[s.ds_view]) if s.ds_pseudo == "ddim" else ds.hard_unlabeled
         self.watch_foreground("CS", y_u, valid)
         self.watch_foreground("DS", pseudo_label, valid)
         self._fill_bank(ds, truth, batch["keys"])

@@ -42,6 +42,9 @@ class DiffCLSettings(Settings):
     timesteps: int = option(1000, "T of the diffusion", low=2)
     t_min_unlabeled: int = option(0, "smallest time step drawn for unlabeled items", low=0)
     y0_scale: str = option("pm1", "range of the one-hot labels that are noised: -1..1 or 0..1", choices=("pm1", "01"))
+    ds_view: str = option(
+        "strong", "view of unlabeled crops that DS sees; CS sees the strong one", choices=("strong", "weak")
+    )
     ds_pseudo: str = option("one_step", "DS's pseudo-label: Algorithm 1's, or a chain", choices=("one_step", "ddim"))
     projection_dim: int = option(64, "d: dimension of the projected features", low=2)
     tau: float = option(0.1, "temperature of the contrast", low=1e-3)
