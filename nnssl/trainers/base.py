@@ -28,7 +28,7 @@ from nnssl.plans.manifest import load_manifest, manifest_digest, monitoring_case
 from nnssl.plans.splits import fold_cases
 from nnssl.trainers.batches import build_loaders
 from nnssl.trainers.monitoring import branch_dice
-from nnssl.trainers.recording import epoch_line, epoch_record, objective, write_run_manifest
+from nnssl.trainers.recording import epoch_line, epoch_record, memory_note, objective, write_run_manifest
 from nnssl.trainers.run_options import RunOptions
 from nnssl.trainers.settings import Settings
 from nnssl.trainers.state import collect_state, require_own, restore_state
@@ -365,6 +365,8 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             requested = flag.item() > 0
         if requested:
             self.save_checkpoint(os.path.join(self.output_folder, "checkpoint_latest.pth"))
+            if self.is_ddp:  # no rank ends the run while rank 0 still writes
+                dist.barrier()
             self.print_to_log_file(f"stopped by {stop.requested} after step {self.global_step}; continue with --c")
             self.close_loaders()
             raise SystemExit(EXIT_STOPPED)
@@ -376,13 +378,25 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         size = sum(p.numel() * p.element_size() for network in self._networks() for p in network.parameters())
         if self.local_rank == 0:
             require_space(Path(self.output_folder), 2 * 2 * size)
+        continued = self.manifest_hash  # the checkpoint's; None in a new run
         super().on_train_start()
+        self._require_same_pool(continued)
         self._sync_teachers()
         if self.local_rank == 0:
             tensorboard = self.run_options.tensorboard
             self.run_log = RunLog(Path(self.output_folder), self.current_epoch, tensorboard)
             write_run_manifest(self)
+            if (note := memory_note(self)) is not None:
+                self.print_to_log_file(note)
         self.print_to_log_file(f"branches are watched on {self.monitor_name}", also_print_to_console=True)
+
+    def _require_same_pool(self, continued: str | None) -> None:
+        """Refuse to go on with other unlabeled cases than the run began with."""
+        unfinished = self.uses_unlabeled and self.current_epoch < self.num_epochs
+        if unfinished and continued not in (None, self.manifest_hash):
+            rule = "--c must continue on the unlabeled cases the run began with"
+            got = "other cases or another preprocessing"
+            raise UserError(rule, got, None, "put the old ones back, or start a new --run")
 
     def _sync_teachers(self) -> None:
         """Start teachers from their source, which pretrained weights may have changed since they were built."""

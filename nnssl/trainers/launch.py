@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
 import socket
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.multiprocessing import ProcessExitedException
 
 from nnssl.errors import UserError, nearest
 from nnssl.layout import find_dataset, variable
@@ -19,6 +23,7 @@ from nnssl.trainers.registry import expose_to_nnunet, trainer_class
 from nnssl.trainers.run_options import RunOptions
 from nnssl.trainers.runs import plans_name_of_run
 from nnssl.training.checkpoints import load_safely, require_space
+from nnssl.training.signals import EXIT_STOPPED, STOP_SIGNALS
 
 
 @dataclass(frozen=True)
@@ -63,6 +68,17 @@ def best_device() -> str:
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def require_devices(device: str, num_gpus: int) -> None:
+    """Refuse devices that this machine does not have."""
+    if num_gpus > 1 and device != "cuda":
+        raise UserError("-num_gpus needs CUDA devices", device, "cuda", "use -num_gpus 1")
+    count = torch.cuda.device_count()
+    if device == "cuda" and count < max(1, num_gpus):
+        raise UserError("-device cuda needs the GPUs that -num_gpus asks for", f"{count} of {num_gpus} found")
+    if device == "mps" and not torch.backends.mps.is_available():
+        raise UserError("-device must exist on this machine", device, best_device())
 
 
 def read_plans(job: Job) -> tuple[dict, dict]:
@@ -150,6 +166,7 @@ def require_same_network(folder: Path, plans: dict, configuration: str) -> None:
 def run_job(job: Job) -> None:
     """Train (or validate) as asked, on one process or on several of this machine."""
     expose_to_nnunet()
+    require_devices(job.device, job.num_gpus)
     plans, dataset_json = read_plans(job)
     folder = fold_folder(job, plans)
     require_space(variable("nnUNet_results"), 0)  # before the trainer writes its log there
@@ -199,20 +216,47 @@ def train_one(job: Job, plans: dict, dataset_json: dict, checkpoint: str | None)
 
 
 def _spawn(job: Job, plans: dict, dataset_json: dict, checkpoint: str | None) -> None:
-    if job.device != "cuda":
-        raise UserError("-num_gpus needs CUDA devices", job.device, "cuda", "use -num_gpus 1")
     os.environ.setdefault("MASTER_ADDR", "localhost")
     if "MASTER_PORT" not in os.environ:
         with socket.socket() as probe:
             probe.bind(("", 0))
             os.environ["MASTER_PORT"] = str(probe.getsockname()[1])
-    torch.multiprocessing.spawn(_child, (job, plans, dataset_json, checkpoint), nprocs=job.num_gpus, join=True)
+    args = (job, plans, dataset_json, checkpoint)
+    supervise(torch.multiprocessing.spawn(_child, args, nprocs=job.num_gpus, join=False))
+
+
+def supervise(context: Any) -> None:
+    """Wait for a run's processes, pass stop signals on to them, and leave with their exit code where it is ours.
+
+    Args:
+        context: what ``torch.multiprocessing.spawn(..., join=False)`` returned.
+    """
+
+    def pass_on(number: int, frame: object) -> None:
+        for pid in context.pids():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+
+    previous = {number: signal.signal(number, pass_on) for number in STOP_SIGNALS}
+    try:
+        while not context.join():
+            pass
+    except ProcessExitedException as error:
+        if error.exit_code in (2, EXIT_STOPPED):  # the process has said why
+            raise SystemExit(error.exit_code) from None
+        raise
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def _child(rank: int, job: Job, plans: dict, dataset_json: dict, checkpoint: str | None) -> None:
-    dist.init_process_group("nccl", rank=rank, world_size=job.num_gpus)
     torch.cuda.set_device(rank)
+    dist.init_process_group("nccl", rank=rank, world_size=job.num_gpus)
     try:
         train_one(job, plans, dataset_json, checkpoint)
+    except UserError as error:
+        print(f"nnssl_train: error: {error}", file=sys.stderr, flush=True)
+        raise SystemExit(2) from error
     finally:
         dist.destroy_process_group()

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from nnssl import __version__
+from nnssl.trainers.registry import TRAINERS
 from nnssl.training.checkpoints import plain
 
 if TYPE_CHECKING:
@@ -38,6 +39,19 @@ def write_run_manifest(trainer: SemiSupervisedTrainer) -> None:
         "monitoring": trainer.monitor_name,
     }
     Path(trainer.output_folder, "nnssl_run.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+def memory_note(trainer: SemiSupervisedTrainer) -> str | None:
+    """Return a line for the log if the trainer takes more memory than its plan was made for, else None."""
+    name = type(trainer).__name__
+    planned = trainer.plans_manager.plans["nnssl"].get("planning", {}).get("memory_factor") or 1.0
+    needed = TRAINERS[name].memory_factor if name in TRAINERS else 1.0
+    if needed <= planned:
+        return None
+    return (
+        f"{name} takes about {needed / planned:.1f} times the memory this plan was made for; if it does not fit, plan "
+        f"with nnssl_plan_and_preprocess -tr {name}"
+    )
 
 
 def objective(means: dict[str, float]) -> dict[str, float]:

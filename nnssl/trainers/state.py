@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from nnssl.trainers.base import SemiSupervisedTrainer
 
 
+#: What a plan must not change between a run and its continuation.
+PLANNED_ALIKE = ("architecture", "patch_size", "batch_size")
+
+
 def collect_state(trainer: SemiSupervisedTrainer) -> dict[str, Any]:
     """Return nnU-Net's nine checkpoint keys and one of our own, ``nnssl``, as tensors and plain values.
 
@@ -81,6 +85,7 @@ def restore_state(trainer: SemiSupervisedTrainer, checkpoint: dict, path: Path) 
     trainer.global_step = extra["global_step"]
     trainer.epoch_sums, trainer.epoch_seconds = extra["epoch_sums"], extra["epoch_seconds"]
     trainer.watch.load_state_dict(extra["foreground"])
+    trainer.manifest_hash = extra["unlabeled_manifest"]
 
 
 def require_own(trainer: SemiSupervisedTrainer, checkpoint: dict, path: Path) -> None:
@@ -94,9 +99,10 @@ def require_own(trainer: SemiSupervisedTrainer, checkpoint: dict, path: Path) ->
         rule = "--c must continue a checkpoint of the same trainer"
         raise UserError(rule, f"{path} of {there}", here, "check -tr, or start a new --run")
     init, extra = checkpoint["init_args"], checkpoint["nnssl"]
-    architecture = init["plans"]["configurations"][init["configuration"]].get("architecture")
-    mine = trainer.plans_manager.plans["configurations"][trainer.configuration_name].get("architecture")
-    if init["configuration"] != trainer.configuration_name or plain(architecture) != plain(mine):
+    theirs = init["plans"]["configurations"][init["configuration"]]
+    mine = trainer.plans_manager.plans["configurations"][trainer.configuration_name]
+    same = all(plain(theirs.get(key)) == plain(mine.get(key)) for key in PLANNED_ALIKE)
+    if init["configuration"] != trainer.configuration_name or not same:
         rule = "--c must continue a checkpoint of the same configuration and network"
         remedy = "check -p and the configuration, or start a new --run"
         raise UserError(rule, f"{path} of another plan", None, remedy)

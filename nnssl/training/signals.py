@@ -8,6 +8,9 @@ import threading
 #: Exit code of a run that was asked to stop, saved its state and can go on with --c (EX_TEMPFAIL of sysexits.h).
 EXIT_STOPPED = 75
 
+#: Signals that ask a run to stop, as far as the system knows them.
+STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))
+
 
 class StopRequest:
     """Context in which SIGTERM and SIGUSR1 set a flag instead of ending the process.
@@ -21,10 +24,8 @@ class StopRequest:
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():  # Python allows handlers nowhere else
-            for name in ("SIGTERM", "SIGUSR1"):
-                number = getattr(signal, name, None)
-                if number is not None:
-                    self._previous[number] = signal.signal(number, self._note)
+            for number in STOP_SIGNALS:
+                self._previous[number] = signal.signal(number, self._note)
         return self
 
     def _note(self, number: int, frame: object) -> None:

@@ -16,6 +16,7 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnssl.cli import predict, train
 from nnssl.data.seeding import Stream, seed_everything
 from nnssl.environment import mend_torchvision
+from nnssl.trainers.recording import memory_note
 from nnssl.trainers.registry import TRAINERS, shim_folder
 from nnssl.training.signals import EXIT_STOPPED
 
@@ -229,10 +230,16 @@ def assert_same_run(whole: Path, broken: Path) -> None:
     assert a["nnssl"]["partners"].keys() == b["nnssl"]["partners"].keys()
     for key, partner in a["nnssl"]["partners"].items():
         assert same(list(partner["weights"].values()), list(b["nnssl"]["partners"][key]["weights"].values()))
+    for part in ("teachers", "modules"):
+        assert same(_tensors(a["nnssl"][part]), _tensors(b["nnssl"][part])), part
     for key in ("train_losses", "mean_fg_dice", "val_losses"):
         assert a["logging"][key] == b["logging"][key]
     rows = [[(r["losses"], r["branches"], r["foreground"]) for r in _records(f)] for f in (whole, broken)]
     assert rows[0] == rows[1]
+
+
+def _tensors(state) -> list[torch.Tensor]:
+    return [t for v in state.values() for t in (_tensors(v) if isinstance(v, dict) else [v])]
 
 
 def _records(folder: Path) -> list[dict]:
@@ -286,6 +293,14 @@ def test_no_unlabeled_case_runs_as_supervised_and_says_so(build, toy, capsys):
     assert "no unlabeled case" in capsys.readouterr().out
     method.set_deep_supervision_enabled(True)
     assert all(np.isfinite(v) for v in run_steps(method, 1)[0].values())
+
+
+def test_the_log_says_when_a_plan_was_made_for_less_memory(build):
+    trainer = build("DiffCLTrainer", start=False)
+    assert "-tr DiffCLTrainer" in memory_note(trainer)
+    trainer.plans_manager.plans["nnssl"]["planning"]["memory_factor"] = TRAINERS["DiffCLTrainer"].memory_factor
+    assert memory_note(trainer) is None
+    assert memory_note(build("SupervisedTrainer", start=False)) is None
 
 
 def test_results_are_cleaned_of_scratch(toy, results):

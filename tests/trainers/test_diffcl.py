@@ -9,6 +9,7 @@ import torch
 from nnssl_test_tools import same
 
 from nnssl.trainers.base import full_resolution
+from nnssl.trainers.diffcl import Outputs
 from nnssl.trainers.diffcl_settings import DiffCLSettings, segmentation_architecture
 
 
@@ -63,28 +64,41 @@ def test_ds_output_depends_on_time_and_on_the_noised_label(build, configuration)
     assert (early - other).abs().max() > 1e-4 * scale
 
 
-def test_bank_holds_labeled_cases_and_only_correct_voxels(build):
-    trainer = build("DiffCLTrainer")
-    pushed = []
-    original = trainer.bank.push
-    trainer.bank.push = lambda cases, features, labels: (
-        pushed.append((cases, labels)),
-        original(cases, features, labels),
-    )
-    seen = {}
-    fill = trainer._fill_bank
+def test_bank_holds_only_voxels_that_ds_classifies_correctly(build):
+    """The features say whether a voxel's label is right and which class it has, so the bank shows what it took."""
+    trainer = build("DiffCLTrainer", start=False)
+    trainer.initialize()
+    trainer.projection = torch.nn.Identity()
+    truth, hard = torch.randint(0, 3, (2, 2, 1, 16, 16), generator=torch.Generator().manual_seed(0))
+    features = torch.cat([(hard == truth).float(), truth.float()], 1)
+    nothing = torch.zeros(0)
+    trainer._fill_bank(Outputs(nothing, nothing, features, nothing, hard, nothing), truth.short(), ["a", "b"])
+    slots = trainer.bank.state_dict()
+    assert set(slots) == {"a", "b"}
+    for index, slot in enumerate(slots.values()):
+        assert set(slot) == {0, 1, 2}
+        for label, stored in slot.items():
+            assert torch.equal(stored, torch.tensor([[1.0, label]]).expand_as(stored))
+            available = int(((hard == truth) & (truth == label))[index].sum())
+            assert len(stored) == min(available, trainer.settings.bank_capacity)
 
-    def spy(ds, truth, cases):
-        seen.update(correct=(ds.hard_labeled == truth), truth=truth, cases=cases)
-        fill(ds, truth, cases)
 
-    trainer._fill_bank = spy
-    trainer.train_step(next(trainer.dataloader_train))
-    assert {case for cases, _ in pushed for case in cases} <= set(seen["cases"])
-    for label in torch.cat([labels for _, (labels,) in pushed]).unique().tolist():
-        assert bool((seen["correct"] & (seen["truth"] == label)).any())
-    stored = sum(len(labels) for _, (labels,) in pushed)
-    assert 0 < stored <= int(seen["correct"].sum())
+def test_weights_enter_the_terms_as_equations_16_to_22_have_them(build):
+    def first_step(**settings) -> dict[str, float]:
+        trainer = build("DiffCLTrainer", settings={"mu_schedule": "constant", "eta": 1.0, **settings})
+        return trainer.train_step(next(trainer.dataloader_train))
+
+    base = first_step()
+    assert base["loss_contrast"] > 0
+    changed = first_step(mu_d=3.0, mu_c=0.5, eta=4.0)
+    factors = {"loss_ds_supervised": 1, "loss_cs_supervised": 1, "loss_ds_cross": 3, "loss_cs_cross": 0.5}
+    for term, factor in (factors | {"loss_contrast": 0.5 * 4}).items():
+        assert changed[term] == pytest.approx(factor * base[term], rel=1e-5), term
+    none, double = ({f"{name}_{side}": w for name in ("beta", "lambda") for side in "dc"} for w in (0.0, 2.0))
+    without, twice = first_step(**none), first_step(**double)
+    for term in factors:  # Dice + weight x cross-entropy
+        assert base[term] > without[term] + 1e-3, term
+        assert twice[term] - base[term] == pytest.approx(base[term] - without[term], rel=1e-4), term
 
 
 def test_mu_zero_trains_two_supervised_networks(build):

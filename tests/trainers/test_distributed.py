@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,8 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 from nnssl_test_tools import same
+from torch.multiprocessing import ProcessExitedException
 
+from nnssl.trainers.launch import supervise
 from nnssl.trainers.stepping import parameters_of
+from nnssl.training.signals import EXIT_STOPPED
 
 SCRIPT = Path(__file__).parent.parent / "tools" / "gloo_step.py"
 
@@ -48,3 +52,31 @@ def test_no_parameter_is_moved_by_two_optimizers_and_every_one_by_one(build):
     networks = [trainer.network, *(p.module for p in trainer.partners.values())]
     assert len(moved) == len(set(moved))
     assert set(moved) == {id(p) for m in networks for p in m.parameters() if p.requires_grad}
+
+
+class OneProcess:
+    """Stands for torch's spawn context: a process that leaves with the stop code when it gets SIGTERM."""
+
+    CODE = (
+        f"import signal, time; signal.signal(15, lambda *_: exit({EXIT_STOPPED})); print(1, flush=True); time.sleep(60)"
+    )
+
+    def __init__(self) -> None:
+        self.process = subprocess.Popen([sys.executable, "-c", self.CODE], stdout=subprocess.PIPE)
+        self.process.stdout.readline()
+
+    def pids(self) -> list[int]:
+        return [self.process.pid]
+
+    def join(self) -> bool:
+        os.kill(os.getpid(), signal.SIGTERM)
+        code = self.process.wait(30)
+        raise ProcessExitedException("left", error_index=0, error_pid=self.process.pid, exit_code=code)
+
+
+def test_the_parent_passes_a_stop_signal_on_and_leaves_with_the_code_of_the_ranks():
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as left:
+        supervise(OneProcess())
+    assert left.value.code == EXIT_STOPPED
+    assert signal.getsignal(signal.SIGTERM) is before

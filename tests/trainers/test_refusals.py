@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from nnssl.cli import train
+from nnssl.errors import UserError
+from nnssl.trainers.launch import require_devices
 from nnssl.training.checkpoints import load_safely, save_atomically
 
 SMALL = ["-device", "cpu", "--epochs", "1", "--iterations_per_epoch", "1"]
@@ -72,17 +74,46 @@ def test_continuing_another_methods_checkpoint_is_refused(finished, results, toy
     refused(capsys, ["901", "2d", "-p", "toy2d", "-tr", "MeanTeacherTrainer", "--c", "-device", "cpu"], "trainer")
 
 
-def test_continuing_another_plans_checkpoint_is_refused(finished, toy, capsys):
+@pytest.mark.parametrize("what", ["features", "batch_size", "patch_size"])
+def test_continuing_another_plans_checkpoint_is_refused(finished, toy, capsys, what):
     plan = toy.preprocessed / "toy2d.json"
     original = plan.read_text()
     changed = json.loads(original)
-    changed["configurations"]["2d"]["architecture"]["arch_kwargs"]["features_per_stage"][0] = 6
+    planned = changed["configurations"]["2d"]
+    if what == "features":
+        planned["architecture"]["arch_kwargs"]["features_per_stage"][0] = 6
+    else:
+        planned[what] = {"batch_size": 3, "patch_size": [32, 64]}[what]
     try:
         plan.write_text(json.dumps(changed))
         argv = ["901", "2d", "-p", "toy2d", "-tr", "SupervisedTrainer", "--c", "-device", "cpu"]
         refused(capsys, argv, "configuration and network", "-p")
     finally:
         plan.write_text(original)
+
+
+def test_continuing_on_other_unlabeled_cases_is_refused(toy, results, capsys):
+    argv = ["901", "2d", "-p", "toy2d", "-tr", "MeanTeacherTrainer"]
+    assert train.main([*argv, *SMALL]) == 0
+    final = results / toy.raw.name / "MeanTeacherTrainer__toy2d__2d" / "fold_all" / "checkpoint_final.pth"
+    content = load_safely(final)
+    content["current_epoch"] = content["nnssl"]["global_step"] = 0
+    content["nnssl"]["unlabeled_manifest"] = "0" * 64
+    save_atomically(content, final.with_name("checkpoint_latest.pth"))
+    final.unlink()
+    refused(capsys, [*argv, "--c", "-device", "cpu"], "unlabeled cases", "--run")
+
+
+def test_devices_that_are_not_there_are_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    require_devices("cuda", 1)
+    require_devices("cpu", 1)
+    for device, count in (("cuda", 2), ("cpu", 2)):
+        with pytest.raises(UserError, match="-num_gpus"):
+            require_devices(device, count)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(UserError, match="-device cuda"):
+        require_devices("cuda", 1)
 
 
 def test_a_contradicting_setting_beside_c_is_refused_and_an_agreeing_one_is_not(finished, capsys):
