@@ -16,8 +16,10 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnssl.cli import predict, train
 from nnssl.data.seeding import Stream, seed_everything
 from nnssl.environment import mend_torchvision
+from nnssl.errors import UserError
+from nnssl.trainers.launch import Job, read_plans
 from nnssl.trainers.recording import memory_note
-from nnssl.trainers.registry import TRAINERS, shim_folder
+from nnssl.trainers.registry import TRAINERS, shim_folder, trainer_class
 from nnssl.training.signals import EXIT_STOPPED
 
 ALL = sorted(TRAINERS)
@@ -29,6 +31,9 @@ OFF = {
     "CPSTrainer": {"unsupervised_weight": 0},
     "DiffCLTrainer": {"mu_d": 0, "mu_c": 0, "hfm": False},
 }
+
+
+SMALL = {"DiffCLTrainer": {"q": 64, "k": 4, "p": 16, "eta": 1.0}}
 
 
 def run_steps(trainer, count: int) -> list[dict[str, float]]:
@@ -301,6 +306,41 @@ def test_the_log_says_when_a_plan_was_made_for_less_memory(build):
     trainer.plans_manager.plans["nnssl"]["planning"]["memory_factor"] = TRAINERS["DiffCLTrainer"].memory_factor
     assert memory_note(trainer) is None
     assert memory_note(build("SupervisedTrainer", start=False)) is None
+
+
+def relabeled(toy, name, labels, order=None):
+    """Return an initialized 2D trainer of the toy data set with other labels."""
+    plans, dataset_json = read_plans(Job("901", "2d", "all", name, "toy2d", settings=SMALL.get(name, {})))
+    dataset_json |= {"labels": labels} | ({"regions_class_order": order} if order else {})
+    trainer = trainer_class(name)(plans, "2d", "all", dataset_json, torch.device("cpu"))
+    trainer.initialize()
+    trainer.set_deep_supervision_enabled(True)
+    return trainer
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_ignored_voxels_and_regions_train(toy, results, name):
+    """Labels 0, 1 and 2 = ignored, or 2 inside 1 as regions: finite losses, and fractions of the voxels that count."""
+    image = torch.randn(4, 1, 32, 32, generator=torch.Generator().manual_seed(0))
+    label = torch.zeros(2, 1, 32, 32, dtype=torch.int16)
+    label[:, :, :8], label[:, :, 8:16] = 1, 2
+    unlabeled = {"weak": image[2:], "strong": image[2:], "valid": torch.ones(2, 1, 32, 32, dtype=torch.bool)}
+    ignoring = {"background": 0, "box": 1, "ignore": 2}, None, label, 8 / 24
+    nested = {"background": 0, "whole": [1, 2], "ball": 2}, [1, 2], torch.cat([label > 0, label == 2], 1), 16 / 32
+    masks = torch.cat([label == 1, label > 2, label == 2], 1)  # nnU-Net puts the ignore mask last
+    both = {"background": 0, "whole": [1, 2], "ball": 2, "ignore": 3}, [1, 2], masks, 8 / 24
+    for labels, order, target, fraction in (ignoring, nested, both):
+        if order and not trainer_class(name).supports_regions:
+            with pytest.raises(UserError, match="exclusive classes"):
+                relabeled(toy, name, labels, order)
+            continue
+        trainer = relabeled(toy, name, labels, order)
+        steps = [round(1 / scale[0]) for scale in trainer._get_deep_supervision_scales()]
+        batch = {"data": image[:2], "target": [target[..., ::n, ::n] for n in steps], "keys": ["lab0", "lab1"]}
+        if trainer.uses_unlabeled:
+            batch["unlabeled"] = {**unlabeled, "keys": ["un0", "un1"]}
+        assert all(np.isfinite(v) for v in trainer.train_step(batch).values())
+        assert trainer.watch.report()["labeled"] == pytest.approx(fraction)
 
 
 def test_results_are_cleaned_of_scratch(toy, results):
