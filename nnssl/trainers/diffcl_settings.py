@@ -35,7 +35,7 @@ class DiffCLSettings(Settings):
     hfm_threshold: float = option(0.5, "HF: normalized cut-off frequency, 1 = Nyquist of one axis", low=0)
     hfm_mask: str = option("radial", "shape of the high-pass filter", choices=("radial", "box", "ratio"))
     hfm_mode: str = option(
-        "residual",
+        "gated",
         "f + F_o; f + g F_o with a gate g that starts at zero; or F_o alone as eq. 10 prints",
         choices=("residual", "gated", "replace"),
     )
