@@ -110,7 +110,8 @@ def require_own(trainer: SemiSupervisedTrainer, checkpoint: dict, path: Path) ->
         ("settings", extra["settings"], trainer.settings.to_dict()),
         ("run options", extra["run"], trainer.run_options.to_dict()),
     ):
-        changed = [f"{k}={new[k]} (checkpoint: {old.get(k)})" for k in new if new[k] != old.get(k)]
+        # a checkpoint older than a setting ran with what is now its default
+        changed = [f"{k}={new[k]} (checkpoint: {old[k]})" for k in new if k in old and new[k] != old[k]]
         if changed:
             rule = f"--c takes its {what} from the checkpoint"
             raise UserError(rule, ", ".join(changed), None, "leave them out, or start a new --run")

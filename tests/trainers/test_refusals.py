@@ -123,6 +123,13 @@ def test_a_contradicting_setting_beside_c_is_refused_and_an_agreeing_one_is_not(
     assert train.main([*argv, "--set", "momentum=0.99", "--seed", "0"]) == 0
 
 
+def test_a_checkpoint_older_than_a_setting_continues(finished):
+    content = load_safely(finished / "checkpoint_final.pth")
+    del content["nnssl"]["settings"]["lr_schedule"], content["nnssl"]["run"]["precision"]
+    save_atomically(content, finished / "checkpoint_final.pth")
+    assert train.main(["901", "2d", "-p", "toy2d", "-tr", "SupervisedTrainer", "--c", "-device", "cpu"]) == 0
+
+
 def test_an_unsafe_checkpoint_is_refused(finished, capsys):
     content = load_safely(finished / "checkpoint_final.pth")
     content["logging"]["x"] = torch.nn.Linear(1, 1)
