@@ -6,8 +6,9 @@ import contextlib
 import copy
 import json
 import os
+import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,6 +19,7 @@ from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from nnssl.data.seeding import Stream, seed_everything
 from nnssl.data.views import unlabeled_transforms
@@ -164,14 +166,14 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         self.dataset_class = infer_dataset_class(self.preprocessed_dataset_folder)
         self.was_initialized = True
 
-    def wrap(self, module: nn.Module) -> nn.Module:
+    def wrap(self, module: nn.Module, compiled: bool = True) -> nn.Module:
         """Place a network on the device, give it rank 0's weights, and compile it where nnU-Net compiles."""
         module = module.to(self.device)
         if self.is_ddp:
             if self.device.type == "cuda":
                 module = nn.SyncBatchNorm.convert_sync_batchnorm(module)
             broadcast_weights(module)
-        return torch.compile(module) if self._do_i_compile() else module
+        return torch.compile(module) if compiled and self._do_i_compile() else module
 
     def make_optimizer(self, module: nn.Module) -> torch.optim.Optimizer:
         """Build the optimizer that every network of every method gets."""
@@ -182,9 +184,15 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         """Return the optimizer of the network; the base steps the learning rate itself, per iteration."""
         return self.make_optimizer(self.network), None
 
-    def add_partner(self, name: str, module: nn.Module) -> nn.Module:
-        """Register a second trained network under the name its optimizer has in ``LossGroup.step``."""
-        module = self.wrap(module)
+    def add_partner(self, name: str, module: nn.Module, compiled: bool = True) -> nn.Module:
+        """Register a second trained network under the name its optimizer has in ``LossGroup.step``.
+
+        Args:
+            name: the partner's name.
+            module: the network.
+            compiled: compile it where nnU-Net compiles; not for inputs whose size changes from step to step.
+        """
+        module = self.wrap(module, compiled)
         self.partners[name] = Partner(module, self.make_optimizer(module))
         return module
 
@@ -254,7 +262,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         return unlabeled_transforms(stock)
 
     def validation_step(self, batch: dict) -> dict:
-        """Run nnU-Net's validation step in the run's precision."""
+        """Run nnU-Net's validation step; on CUDA it takes half precision whatever the run's."""
         with self.precision():
             return super().validation_step(batch)
 
@@ -309,7 +317,12 @@ class SemiSupervisedTrainer(nnUNetTrainer):
 
     def _watch_finiteness(self, scalars: dict[str, float], batch: dict) -> None:
         bad = [name for name, value in scalars.items() if not np.isfinite(value)]
-        self.bad_steps = self.bad_steps + 1 if bad else 0
+        found = bool(bad)
+        if self.is_ddp:  # all ranks give up together, none waits for one that did
+            flag = torch.tensor(float(found), device=self.device)
+            dist.all_reduce(flag)
+            found = flag.item() > 0
+        self.bad_steps = self.bad_steps + 1 if found else 0
         if self.bad_steps >= MAX_BAD_STEPS:
             cases = ", ".join(map(str, batch["keys"]))
             rule = f"the loss must stay finite, {MAX_BAD_STEPS} steps in a row were not"
@@ -338,7 +351,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             network.train()
         for _, teacher in self.teachers.values():
             teacher.module.eval()
-        for _ in range(position, self.num_iterations_per_epoch):
+        for _ in self._progress(position):
             for name, value in self.train_step(next(self.dataloader_train)).items():
                 self.epoch_sums[name] = self.epoch_sums.get(name, 0.0) + value
             if self.global_step % self.num_iterations_per_epoch:
@@ -356,6 +369,13 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         self.epoch_seconds = time.monotonic() - started
         self.on_epoch_end(means, branches)
         self.epoch_seconds = 0.0
+
+    def _progress(self, position: int) -> Iterable[int]:
+        """Return the epoch's remaining steps, with a bar on a terminal."""
+        steps = range(position, self.num_iterations_per_epoch)
+        shown = self.local_rank == 0 and sys.stderr.isatty()
+        title = f"epoch {self.current_epoch + 1}/{self.num_epochs}"
+        return tqdm(steps, title, initial=position, total=self.num_iterations_per_epoch, leave=False, disable=not shown)
 
     def _leave_if_asked(self, stop: StopRequest) -> None:
         requested = stop.requested is not None

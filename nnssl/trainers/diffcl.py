@@ -73,7 +73,8 @@ class DiffCLTrainer(SemiSupervisedTrainer):
             deep_supervision=self.enable_deep_supervision,
         )
         self.ds = self.add_partner("ds", ds)
-        self.projection = self.add_partner("projection", ProjectionHead(ds.feature_channels, s.projection_dim))
+        head = ProjectionHead(ds.feature_channels, s.projection_dim)
+        self.projection = self.add_partner("projection", head, compiled=False)  # its number of rows changes
         self.noise = NoiseSchedule.linear(s.timesteps, 1e-4, 0.02).to(self.device)
         self.bank = self.modules["bank"] = MemoryBank(s.bank_capacity, device=self.device)
 

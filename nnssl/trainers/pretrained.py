@@ -25,7 +25,7 @@ def load_pretrained(trainer: SemiSupervisedTrainer, path: Path) -> list[str]:
     Raises:
         UserError: if the file is unsafe or fewer than half of the network's weights match.
     """
-    source = load_safely(path)["network_weights"]
+    source = load_safely(path, numpy_scalars=True)["network_weights"]
     network = unwrap(trainer.network)
     own = {k: v for k, v in network.state_dict().items() if ".seg_layers." not in k}
     matching = {k: v for k, v in source.items() if k in own and v.shape == own[k].shape}

@@ -13,6 +13,14 @@ import torch
 
 from nnssl.errors import UserError
 
+#: Builders of numpy numbers: plain data, they execute nothing.
+_NUMPY_SCALARS = [
+    np.dtype,
+    (np.float64(0).__reduce__()[0], "numpy.core.multiarray.scalar"),
+    (np.float64(0).__reduce__()[0], "numpy._core.multiarray.scalar"),
+    *{type(np.dtype(kind)) for kind in (np.float16, np.float32, np.float64, np.int32, np.int64, np.bool_)},
+]
+
 
 def plain(value: Any) -> Any:
     """Return ``value`` with numpy scalars and arrays turned into Python's own, so that it loads as weights only."""
@@ -64,8 +72,12 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def load_safely(path: Path) -> dict:
+def load_safely(path: Path, numpy_scalars: bool = False) -> dict:
     """Load a checkpoint to the CPU with ``weights_only=True``.
+
+    Args:
+        path: the file.
+        numpy_scalars: also admit numpy's numbers, which nnU-Net's own checkpoints hold in their log.
 
     Raises:
         UserError: if the file is missing, damaged, or holds anything but tensors and plain values.
@@ -74,7 +86,8 @@ def load_safely(path: Path) -> dict:
     if not path.is_file():
         raise UserError("a checkpoint must exist", f"no {path}", None, "check -tr, -p, --run, -c, -f and -chk")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(_NUMPY_SCALARS if numpy_scalars else []):
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError) as error:
         first_line = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
         rule = "a checkpoint must load as weights only (tensors and plain values, nothing executed)"

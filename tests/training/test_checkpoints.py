@@ -140,3 +140,16 @@ def test_a_missing_file_and_a_file_without_weights_are_refused(tmp_path):
     torch.save({"something": 1}, tmp_path / "c.pth")
     with pytest.raises(UserError, match="network_weights"):
         load_safely(tmp_path / "c.pth")
+
+
+def test_numpy_numbers_load_only_where_they_are_admitted(tmp_path):
+    """nnU-Net's own checkpoints hold them in the log; they may start a run (-pretrained_weights)."""
+    content = {"network_weights": {}, "logging": [np.float64(0.5), np.float32(1), np.int64(2)]}
+    torch.save(content, tmp_path / "stock.pth")
+    with pytest.raises(UserError, match="weights only"):
+        load_safely(tmp_path / "stock.pth")
+    assert load_safely(tmp_path / "stock.pth", numpy_scalars=True)["logging"] == [0.5, 1, 2]
+    torch.save({"network_weights": {}, "x": Bomb(tmp_path / "executed")}, tmp_path / "bomb.pth")
+    with pytest.raises(UserError, match="weights only"):
+        load_safely(tmp_path / "bomb.pth", numpy_scalars=True)
+    assert not (tmp_path / "executed").exists()
