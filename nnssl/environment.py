@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from importlib import metadata
+from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
+from pathlib import Path
 
 from nnssl.errors import UserError
 
@@ -55,18 +57,18 @@ def mend_torchvision() -> None:
 
     nnU-Net's look-up imports every trainer of its own, and one of them reaches timm and torchvision. PyPI's
     torchvision is built for CUDA; beside a CPU torch its compiled operators are missing, and the import fails at those
-    that it describes without a check. nnU-Net uses none of them, so declaring them first is enough. Beside a CUDA
-    torch, without torchvision, or once it is imported, nothing happens.
+    that it describes without a check. nnU-Net uses none of them, so declaring them first is enough. Where the compiled
+    operators load (to declare those too would end the process), beside a CUDA torch, without torchvision, or once it is
+    imported, nothing changes.
     """
-    import importlib.util
     import sys
 
-    found = importlib.util.find_spec("torchvision")
+    found = find_spec("torchvision")
     if found is None or "torchvision" in sys.modules:
         return
     import torch
 
-    if torch.version.cuda is not None:
+    if torch.version.cuda is not None or any(_loads(path) for path in _compiled_operators(found)):
         return
     library = torch.library.Library("torchvision", "FRAGMENT")
     for operator in ("nms", "qnms"):
@@ -75,3 +77,17 @@ def mend_torchvision() -> None:
 
 
 _DECLARED: list = []
+
+
+def _compiled_operators(package: ModuleSpec) -> list[Path]:
+    return [path for folder in package.submodule_search_locations or [] for path in Path(folder).glob("_C*.[sp][oy]*")]
+
+
+def _loads(library: Path) -> bool:
+    import torch
+
+    try:
+        torch.ops.load_library(str(library))
+    except OSError:
+        return False
+    return True

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import importlib.machinery
+import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
 import nnssl
+from nnssl import environment
 from nnssl.cli._common import run_command
-from nnssl.environment import check_environment, find_foreign_nnssl
+from nnssl.environment import check_environment, find_foreign_nnssl, mend_torchvision
 from nnssl.errors import UserError
 
 
@@ -68,3 +72,20 @@ def test_commands_refuse_before_they_do_anything(site, capsys):
     printed = capsys.readouterr().err
     assert printed.startswith("nnssl_x: error: ")
     assert printed.count("\n") == 1
+
+
+def test_torchvision_operators_are_declared_only_where_its_own_do_not_load(monkeypatch):
+    """Declaring an operator that a compiled library registers later ends the process."""
+    torch = pytest.importorskip("torch")
+    spec = importlib.machinery.ModuleSpec("torchvision", None)
+    spec.submodule_search_locations = []
+    monkeypatch.delitem(sys.modules, "torchvision", raising=False)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.setattr(environment, "find_spec", lambda name: spec)
+    monkeypatch.setattr(environment, "_compiled_operators", lambda package: [Path("_C.so")])
+    declared = []
+    monkeypatch.setattr(torch.library, "Library", lambda *names: declared.append(names) or Mock())
+    for loads in (True, False):
+        monkeypatch.setattr(environment, "_loads", lambda path, loads=loads: loads)
+        mend_torchvision()
+        assert bool(declared) is not loads

@@ -31,7 +31,8 @@ def soft_dice_loss(
     Args:
         probs: probabilities (b, C, ...).
         onehot: one-hot or region target (b, C, ...), any type.
-        valid: bool (b, 1, ...), True where a voxel counts; None for all. With no valid voxel the loss is 0.
+        valid: bool (b, 1, ...), True where a voxel counts; None for all. With no valid voxel the loss is 0
+            (for s > 0).
         smooth: s, in voxels, at least 0.
         include_background: count channel 0; needed for regions, which have no background channel.
         batch_dice: sum over batch and space; otherwise one Dice per sample, averaged.

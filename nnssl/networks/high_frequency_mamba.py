@@ -9,7 +9,7 @@ gated spatial convolution::
     F_o = MLP(LN(F_m)) + F_m
 
 As printed, F_o has no path for the low frequencies of f; ``mode="residual"`` (the default) returns ``f + F_o``,
-``mode="replace"`` returns ``F_o``.
+``mode="gated"`` ``f + g F_o`` with a learned gate g that starts at zero, ``mode="replace"`` ``F_o``.
 """
 
 from __future__ import annotations
@@ -80,7 +80,8 @@ class HighPass(nn.Module):
     def mask(self, shape: tuple[int, ...], device: torch.device) -> Tensor:
         key = (shape, device)
         if key not in self._masks:
-            self._masks[key] = high_pass_mask(shape, self.threshold, self.kind).to(device)
+            with torch.inference_mode(False):  # a mask made while predicting must serve a later training step
+                self._masks[key] = high_pass_mask(shape, self.threshold, self.kind).to(device)
         return self._masks[key]
 
     def forward(self, x: Tensor) -> Tensor:

@@ -199,6 +199,19 @@ def _over_channels(states: Tensor, x: Tensor, out: Tensor | None = None) -> Tens
     return torch.mul(states, x.unsqueeze(-2), out=out).sum(-1)
 
 
+def _without_autocast(
+    backward: Callable[[Any, Tensor], tuple[Tensor, ...]],
+) -> Callable[[Any, Tensor], tuple[Tensor, ...]]:
+    """Turn autocast off in a backward pass: called within it, products would run in half precision."""
+
+    @functools.wraps(backward)
+    def in_full_precision(ctx: Any, grad_y: Tensor) -> tuple[Tensor, ...]:
+        with torch.autocast(grad_y.device.type, enabled=False):
+            return backward(ctx, grad_y)
+
+    return in_full_precision
+
+
 class _LoopScan(torch.autograd.Function):
     """Sequential scan over cache-sized blocks of time steps and batch items."""
 
@@ -220,6 +233,7 @@ class _LoopScan(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @_without_autocast
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, ...]:
         delta, x, A, B, C, *starts = ctx.saved_tensors
         grads = [torch.empty_like(v) for v in (delta, x, B, C)]
@@ -307,6 +321,7 @@ class _ChunkedScan(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @_without_autocast
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, ...]:
         delta, x, A, B, C = ctx.saved_tensors
         grads = [torch.empty_like(v) for v in (delta, x, B, C)]

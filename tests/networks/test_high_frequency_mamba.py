@@ -81,6 +81,14 @@ def test_masks_follow_the_input_shape():
     assert len(filter_._masks) == 2
 
 
+def test_a_mask_made_while_predicting_serves_training():
+    filter_, x = HighPass(0.5), random(1, 1, 8, 8)
+    with torch.inference_mode():
+        filter_(x)
+    filter_(x.requires_grad_()).sum().backward()
+    assert torch.isfinite(x.grad).all()
+
+
 def test_unknown_options_are_refused():
     with pytest.raises(UserError):
         HighPass(0.5, "round")
@@ -201,7 +209,7 @@ def test_parameter_counts(channels, scan, gsc, mlp):
 
 
 @pytest.mark.parametrize("shape", [(8, 8), (7, 9), (4, 6, 5)])
-@pytest.mark.parametrize("mode", ["residual", "replace"])
+@pytest.mark.parametrize("mode", ["residual", "gated", "replace"])
 def test_output_is_finite_under_autocast_with_gradients_everywhere(shape, mode):
     torch.manual_seed(0)
     module = HighFrequencyMamba(8, len(shape), mode=mode)

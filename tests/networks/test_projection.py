@@ -20,3 +20,12 @@ def test_gradient_reaches_voxels_and_all_weights():
     head(voxels).square().sum().backward()
     assert voxels.grad.abs().sum() > 0
     assert all(p.grad.abs().sum() > 0 for p in head.parameters())
+
+
+def test_autocast_does_not_reach_the_head():
+    torch.manual_seed(0)
+    head, voxels = ProjectionHead(8, dim=6), torch.randn(12, 8)
+    expected = head(voxels)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(head(voxels), expected)
+        assert head(voxels.bfloat16()).dtype == torch.float32

@@ -112,6 +112,19 @@ def test_autocast_does_not_reach_the_scan():
         assert torch.equal(selective_scan(**given, delta_softplus=True), expected)
 
 
+@pytest.mark.parametrize("strategy", ["loop", "chunked"])
+def test_autocast_does_not_reach_the_backward_pass(strategy):
+    def gradients(autocast):
+        given = {k: v.clone().requires_grad_() for k, v in inputs(length=40, dtype=torch.float32).items()}
+        y = selective_scan(**given, delta_softplus=True, strategy=strategy)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            y.sum().backward()
+        return {k: v.grad for k, v in given.items()}
+
+    expected = gradients(autocast=False)
+    assert all(torch.equal(grad, expected[k]) for k, grad in gradients(autocast=True).items())
+
+
 def test_half_inputs_give_half_outputs_of_an_fp32_scan():
     given = {k: v.bfloat16() for k, v in inputs(length=12, dtype=torch.float32).items()}
     got = selective_scan(**given, delta_softplus=True)
