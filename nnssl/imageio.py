@@ -137,6 +137,26 @@ def read_array(path: Path) -> tuple[np.ndarray, Geometry]:
     return array[None] if array.ndim == 3 else array[None, None], geometry
 
 
+def count_channels(path: Path) -> int:
+    """Return the channels of one file as :func:`read_array` counts them; volumes are not decoded for it.
+
+    Raises:
+        ImageReadError: if it is no image.
+    """
+    if str(path).lower().endswith(".png"):
+        return len(_read_png(Path(path))[0])
+    import SimpleITK as sitk
+
+    reader = sitk.ImageFileReader()
+    reader.SetFileName(str(path))
+    try:
+        reader.ReadImageInformation()
+    except RuntimeError as error:
+        raise ImageReadError(_one_line(error)) from error
+    size = reader.GetSize()
+    return int(size[3]) if len(size) == 4 else 1
+
+
 def write_image(image: sitk.Image, path: Path) -> None:
     """Write a SimpleITK image, compressed.
 

@@ -29,8 +29,8 @@ def execute(args: argparse.Namespace) -> int:
     """Convert, and print what was found and what comes next."""
     from nnssl.cli._conversion import finish, plain_warnings
     from nnssl.dataset_conversion import CONVERTERS
-    from nnssl.dataset_conversion.base import default_processes
     from nnssl.dataset_conversion.convert import convert
+    from nnssl.plans.parallel import default_processes
 
     with plain_warnings("nnssl_convert"):
         processes = args.num_processes or default_processes()

@@ -35,9 +35,9 @@ def build_parser() -> argparse.ArgumentParser:
 def execute(args: argparse.Namespace) -> int:
     """Import, and print what was found and what comes next."""
     from nnssl.cli._conversion import finish, plain_warnings
-    from nnssl.dataset_conversion.base import default_processes
     from nnssl.dataset_conversion.folders import FolderImport, import_folders
     from nnssl.dataset_conversion.labels import parse_label_map
+    from nnssl.plans.parallel import default_processes
 
     request = FolderImport(
         labeled=args.labeled,

@@ -38,10 +38,10 @@ def build_parser() -> argparse.ArgumentParser:
 def execute(args: argparse.Namespace) -> int:
     """Make the subset, and print the counts and what comes next."""
     from nnssl.cli._conversion import finish, plain_warnings
-    from nnssl.dataset_conversion.base import default_processes
     from nnssl.dataset_conversion.labels import parse_label_map
     from nnssl.dataset_conversion.subset import SubsetRequest, make_subset
     from nnssl.layout import RawDataset, find_dataset
+    from nnssl.plans.parallel import default_processes
     from nnssl.plans.verify import listed
 
     request = SubsetRequest(

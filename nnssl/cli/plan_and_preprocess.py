@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -58,12 +57,15 @@ def execute(args: argparse.Namespace) -> int:
     dataset = RawDataset.load(find_dataset(args.d))
     options, configurations = planning_options(args)
 
+    from nnssl.cli._conversion import plain_warnings
+    from nnssl.plans.parallel import default_processes
     from nnssl.plans.pipeline import plan_and_preprocess
 
-    processes = args.np or int(os.environ.get("nnUNet_def_n_proc", min(8, os.cpu_count() or 1)))
-    prepared = plan_and_preprocess(
-        dataset, configurations, options, processes, args.verify_dataset_integrity, args.clean, _report
-    )
+    processes = args.np or default_processes()
+    with plain_warnings(NAME):
+        prepared = plan_and_preprocess(
+            dataset, configurations, options, processes, args.verify_dataset_integrity, args.clean, _report
+        )
     _conclude(dataset.folder.name, prepared, args.tr)
     return 0
 

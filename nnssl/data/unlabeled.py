@@ -104,13 +104,5 @@ class UnlabeledDataset:
         path = os.path.join(self.source_folder, name)
         return blosc2.open(urlpath=path, mode="r", dparams={"nthreads": 1}, **self._open_options)
 
-    def cases_with_labels(self) -> list[str]:
-        """Return the cases whose ``_seg.b2nd`` holds a value above 0, which no unlabeled case should have.
-
-        It reads every mask whole; training does not need it, because labels are never read there.
-        """
-        self_check = (name for name in self.identifiers if Path(self.source_folder, name + "_seg.b2nd").is_file())
-        return [name for name in self_check if int(np.max(self._open(name + "_seg.b2nd")[:])) > 0]
-
 
 _PREPROCESS = "run nnssl_plan_and_preprocess for this data set and configuration"

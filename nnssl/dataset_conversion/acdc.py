@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-from nnssl.dataset_conversion.base import Case, Converter, Source
+from nnssl.dataset_conversion.base import Case, Converter, Source, below_test_folder
 from nnssl.dataset_conversion.h5 import h5_sources
 from nnssl.dataset_conversion.published import load_published
 from nnssl.errors import UserError
@@ -51,7 +51,7 @@ def _frames(source: Path) -> Iterator[Case]:
     for path in _find(source, _SCAN, "patient*/"):
         name = path.name[: -len(".nii.gz")]
         label = path.with_name(f"{name}_gt.nii.gz")
-        held_out = path.parent.parent.name.lower().startswith("test")
+        held_out = below_test_folder(source, path.parent)
         _compare_with_info(path.parent, name[-2:])
         if not label.is_file() and not held_out:
             raise UserError("every training frame has a label", f"no {label}", None, "download the release again")

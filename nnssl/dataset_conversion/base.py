@@ -26,11 +26,6 @@ from nnssl.plans.parallel import Workers
 from nnssl.plans.verify import Verified, listed, verify_raw_dataset
 
 
-def default_processes() -> int:
-    """Return the number of worker processes: ``nnUNet_def_n_proc``, else the cores of this machine, at most 8."""
-    return int(os.environ.get("nnUNet_def_n_proc", min(8, os.cpu_count() or 1)))
-
-
 @dataclass(frozen=True)
 class Source:
     """One image or label as found.
@@ -252,6 +247,12 @@ def summary_line(folder: Path) -> str:
     names = {"imagesTr": "labeled", "imagesUn": "unlabeled", "imagesVal": "val", "imagesTs": "test"}
     counts = ", ".join(f"{len(dataset.cases(key))} {name}" for key, name in names.items())
     return f"{folder.name}: {counts} cases in {folder}"
+
+
+def below_test_folder(source: Path, folder: Path) -> bool:
+    """Whether a case's folder lies in ``testing`` or the like; a download may have a name such as ``test_LA``."""
+    name = folder.parent.name.lower()
+    return name in ("test", "testing", "testing set") if folder.parent == source else name.startswith("test")
 
 
 def _taken(folder: Path) -> UserError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -57,8 +58,8 @@ def convert(
 
 def _check_cases(converter: Converter, layout: str, cases: list[Case]) -> None:
     """Refuse a case found twice; warn when the release is not complete."""
-    names = [case.name for case in cases]
-    if doubled := sorted({name for name in names if names.count(name) > 1}):
+    counts = Counter(case.name for case in cases)
+    if doubled := sorted(name for name, count in counts.items() if count > 1):
         raise UserError("every case is found once", listed(doubled), None, "remove the second copy from the folder")
     for folder, expected in converter.EXPECTED[layout].items():
         found = sum(case.folder == folder for case in cases)

@@ -86,6 +86,8 @@ def import_folders(dataset_id: int, name: str, request: FolderImport, num_proces
             del unlabeled.cases[case]
     if request.link:
         _say_what_is_converted([*labeled.files(), *unlabeled.files(), *test.files()], ending)
+    channels = _channel_names(request.channels, next(iter(labeled.cases.values())))  # before hours of copying
+    domains = read_domains(request.domains) if request.domains else None
     with RawDatasetWriter(dataset_id, name, ending, request.link) as writer:
         cases = [_case(n, p, "imagesTr", labels[n]) for n, p in labeled.cases.items()]
         cases += [_case(n, p, "imagesUn") for n, p in unlabeled.cases.items()]
@@ -95,12 +97,12 @@ def import_folders(dataset_id: int, name: str, request: FolderImport, num_proces
         settings: dict[str, Any] = {"set_aside": aside} if aside else {}
         if pattern:
             settings["patient_pattern"] = pattern
-        if request.domains:
-            settings["domains"] = read_domains(request.domains)
+        if domains is not None:
+            settings["domains"] = domains
         values = {v for w in written.values() for v in w.label_values}
         names = list(request.label_names) if request.label_names else None
         dataset_json = {
-            "channel_names": _channel_names(request.channels, next(iter(labeled.cases.values()))),
+            "channel_names": channels,
             "labels": label_names(values | set((request.label_map or {}).values()), names),
             "nnssl": settings,
         }

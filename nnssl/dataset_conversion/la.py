@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from nnssl.dataset_conversion.base import Case, Converter, Source
+from nnssl.dataset_conversion.base import Case, Converter, Source, below_test_folder
 from nnssl.dataset_conversion.h5 import h5_sources
 from nnssl.imageio import ImageReadError, read_image
 
@@ -42,7 +42,7 @@ class LA(Converter):
                 yield Case(name, (image,), label)
                 continue
             mask = path.with_name("laendo.nrrd")
-            held_out = path.parent.parent.name.lower().startswith("test")
+            held_out = below_test_folder(source, path.parent)
             folder = "imagesTs" if held_out else "imagesTr"
             label_source = None if held_out and not mask.is_file() else Source(mask, read_mask)
             yield Case(name, (Source(path, read_scan),), label_source, folder)

@@ -21,6 +21,8 @@ from nnssl.plans.verify import listed, misnumbered
 
 #: Name of the record of a selection in the new raw data set.
 RECORD = "nnssl_subset.json"
+#: Keys of dataset.json under which nnU-Net and the Decathlon list files: they would name the hidden labels.
+_FILE_LISTS = frozenset({"dataset", "training", "test", "numTest"})
 
 
 @dataclass(frozen=True)
@@ -198,15 +200,15 @@ def _labeled_patients(
         return dict.fromkeys(draw_order(available, request.seed)[: request.labeled])
     if request.labeled_ids is not None:
         patients = sorted(index.resolve(request.labeled_ids))
-        _refuse_overlap(set(patients), val, "labeled", "val")
-        _refuse_overlap(set(patients), test, "labeled", "test")
-        if without := [patient for patient in patients if patient not in available]:
-            rule = "labeled patients need a label in the source's imagesTr"
-            raise UserError(rule, listed(without), nearest(without[0], available), "mend --labeled_ids")
-        _say_whole_patients(index, request.labeled_ids, patients)
     else:
-        named = index.resolve(protocol.labeled if protocol else [], missing_allowed=True)
-        patients = [patient for patient in named if patient in available]
+        patients = index.resolve(protocol.labeled if protocol else [], missing_allowed=True)
+    _refuse_overlap(set(patients), val, "labeled", "val")
+    _refuse_overlap(set(patients), test, "labeled", "test")
+    if without := [patient for patient in patients if patient not in available]:
+        rule = "labeled patients need a label in the source's imagesTr"
+        raise UserError(rule, listed(without), nearest(without[0], available), "mend --labeled_ids, or the source")
+    if request.labeled_ids is not None:
+        _say_whole_patients(index, request.labeled_ids, patients)
     if not patients:
         raise UserError("at least one labeled patient is needed", "none", None, "check --labeled_ids or --published")
     return dict.fromkeys(patients)
@@ -247,7 +249,8 @@ def _cases(source: RawDataset, selection: Selection) -> list[Case]:
 
 
 def _dataset_json(source: RawDataset, request: SubsetRequest, selection: Selection) -> dict[str, Any]:
-    content = {**source.json, "nnssl": {k: v for k, v in source.nnssl.items() if k != "set_aside"}}
+    content = {key: value for key, value in source.json.items() if key not in _FILE_LISTS}
+    content["nnssl"] = {k: v for k, v in source.nnssl.items() if k != "set_aside"}
     kept = {*selection.labeled, *selection.unlabeled, *selection.val, *selection.test}
     if "domains" in source.nnssl:
         domains = source.nnssl["domains"]
@@ -256,6 +259,8 @@ def _dataset_json(source: RawDataset, request: SubsetRequest, selection: Selecti
     if request.label_map is not None:
         labels = merged_names(labels, request.label_map)
     if request.label_names is not None:
+        if any(isinstance(value, (list, tuple)) for value in labels.values()):
+            raise UserError("--label_names works on plain labels", "regions", None, "leave --label_names out")
         if len(request.label_names) != len(labels) - 1:
             rule = "--label_names names every class"
             raise UserError(rule, len(request.label_names), len(labels) - 1, "name the values 1, 2, ... in order")

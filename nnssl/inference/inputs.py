@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from nnssl.errors import UserError
-from nnssl.imageio import ImageReadError, check_image
+from nnssl.imageio import ImageReadError, check_image, count_channels
 
 
 def list_inputs(folder: Path, file_ending: str, channels: int) -> dict[str, list[str]]:
@@ -44,12 +44,24 @@ def list_inputs(folder: Path, file_ending: str, channels: int) -> dict[str, list
 
 
 def _require_channels(found: dict[str, dict[int, str]], channels: int) -> None:
-    wrong = {case: sorted(files) for case, files in found.items() if sorted(files) != list(range(channels))}
+    wrong = {case: sorted(files) for case, files in found.items() if not _has_channels(files, channels)}
     if wrong:
         named = [f"{case} (has {', '.join(f'{c:04d}' for c in have)})" for case, have in wrong.items()]
         allowed = "0000" if channels == 1 else f"0000 to {channels - 1:04d}"
         remedy = "add the missing channels or move these cases away"
         raise UserError(f"every case needs the channels of training ({channels})", _some(named), allowed, remedy)
+
+
+def _has_channels(files: dict[int, str], channels: int) -> bool:
+    """Whether the files of a case hold the channels of training; an RGB PNG or a time axis is several in one file."""
+    one_each = sorted(files) == list(range(channels))
+    png = next(iter(files.values())).lower().endswith(".png")
+    if (one_each and not png) or len(files) > channels or sorted(files) != list(range(len(files))):
+        return one_each
+    try:
+        return sum(count_channels(Path(file)) for file in files.values()) == channels
+    except ImageReadError:
+        return one_each  # the check that follows says why it can't be read
 
 
 def _require_readable(cases: dict[str, list[str]]) -> None:

@@ -18,10 +18,8 @@ from nnunetv2.preprocessing.cropping.cropping import crop_to_nonzero
 
 from nnssl.errors import UserError
 from nnssl.layout import RawDataset
-from nnssl.plans.manifest import write_json_atomically
+from nnssl.plans.manifest import IMAGE_FINGERPRINT_NAME, write_json_atomically
 from nnssl.plans.parallel import Workers, reason
-
-IMAGE_FINGERPRINT_NAME = "nnssl_image_fingerprint.json"
 
 
 def extract_labeled_fingerprint(dataset: RawDataset, num_processes: int) -> None:
@@ -32,6 +30,7 @@ def extract_labeled_fingerprint(dataset: RawDataset, num_processes: int) -> None
     """
     extractor = DatasetFingerprintExtractor(dataset.name, max(1, num_processes))
     extractor.show_progress_bar = False
+    extractor.dataset = {case: extractor.dataset[case] for case in dataset.cases("imagesTr")}  # no stray file
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # nnU-Net prints the reader class
             extractor.run(overwrite_existing=True)

@@ -16,6 +16,8 @@ from typing import Any
 from nnssl.errors import UserError, nearest
 
 MANIFEST_NAME = "nnssl_unlabeled.json"
+#: What earlier runs read from the images, kept to save time: the scans of verify, and shapes and spacings.
+SCANS_NAME, IMAGE_FINGERPRINT_NAME = "nnssl_verified.json", "nnssl_image_fingerprint.json"
 VERSION = 1
 #: Folders of preprocessed cases: part of the manifest -> suffix behind the data identifier.
 SUFFIXES = {"labeled": "", "unlabeled": "_unlabeled", "monitoring": "_monitoring"}
@@ -105,6 +107,11 @@ def digest(content: Any) -> str:
     """Return the SHA-256 of ``content`` as canonical JSON (tuples equal lists, key order does not count)."""
     text = json.dumps(content, sort_keys=True, separators=(",", ":"), default=float)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def file_hash(path: Path) -> str:
+    """Return the SHA-256 of a file's bytes."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 def configuration_of(plans: dict[str, Any], configuration: str) -> dict[str, Any]:

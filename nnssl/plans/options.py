@@ -153,7 +153,14 @@ def check_plans_name(name: str) -> None:
 
 
 #: Files beside the plans in the preprocessed folder.
-RESERVED_NAMES = ("dataset", "dataset_fingerprint", "splits_final", "nnssl_unlabeled", "nnssl_image_fingerprint")
+RESERVED_NAMES = (
+    "dataset",
+    "dataset_fingerprint",
+    "splits_final",
+    "nnssl_unlabeled",
+    "nnssl_image_fingerprint",
+    "nnssl_verified",
+)
 
 _PLAN_KEYS = ("configuration", "patch_size", "batch_size", "base_features", "spacing", "network")
 

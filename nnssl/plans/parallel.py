@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -12,6 +13,18 @@ from types import TracebackType
 from typing import Any
 
 from nnssl.errors import UserError
+
+
+def default_processes() -> int:
+    """Return the number of worker processes: ``nnUNet_def_n_proc``, else the cores of this machine, at most 8.
+
+    Raises:
+        UserError: if the variable is no positive number.
+    """
+    text = os.environ.get("nnUNet_def_n_proc", "")
+    if text and not (text.isdigit() and int(text) > 0):
+        raise UserError("nnUNet_def_n_proc must be a number of processes", repr(text), "1 or more", "mend the variable")
+    return int(text) if text else min(8, os.cpu_count() or 1)
 
 
 class Workers:

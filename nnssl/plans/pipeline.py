@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Callable, Sequence
@@ -13,10 +12,13 @@ from typing import Any
 from nnssl.errors import UserError, nearest
 from nnssl.layout import RawDataset, variable
 from nnssl.plans.manifest import (
+    IMAGE_FINGERPRINT_NAME,
     MANIFEST_NAME,
+    SCANS_NAME,
     configuration_of,
     digest,
     empty_manifest,
+    file_hash,
     load_manifest,
     plans_on_disk,
     save_manifest,
@@ -80,6 +82,9 @@ def plan_and_preprocess(
     _refuse_layout(dataset)
     _refuse_configurations(configurations, folder)
     old = _old_manifest(folder, clean)
+    if clean:
+        for cache in (SCANS_NAME, IMAGE_FINGERPRINT_NAME):
+            (folder / cache).unlink(missing_ok=True)
     new, sources = _verified(dataset, folder, num_processes, verify_integrity, report)
     _adopt_users_splits(dataset, folder, old)
     new["splits"] = old.get("splits")
@@ -108,8 +113,7 @@ def plan_and_preprocess(
             c: preprocess.preprocess_configuration(folder, plans, c, dataset.json, sources, new, workers)
             for c in chosen
         }
-    old_labels = old.get("labels", {}).get("labeled", {})
-    preprocess.copy_ground_truth(folder, sources.labels["labeled"], old_labels, new["labels"]["labeled"])
+    preprocess.copy_ground_truth(folder, sources.labels["labeled"], new["labels"]["labeled"])
     new["splits"] = _write_splits(dataset, folder, sorted(new["labeled"]), old, report)
     save_manifest(folder, new)
     return Prepared(folder, target.name, plans, tuple(chosen), new, processed)
@@ -180,7 +184,7 @@ def _verified(
     from nnssl.plans.preprocess import Sources
     from nnssl.plans.verify import verify_raw_dataset
 
-    verified = verify_raw_dataset(dataset, num_processes, True, folder / "nnssl_verified.json")
+    verified = verify_raw_dataset(dataset, num_processes, True, folder / SCANS_NAME)
     if verify_integrity:
         _stock_integrity_check(dataset, num_processes)
     manifest = {**empty_manifest(), "set_aside": dict(verified.set_aside), "test": verified.hashes.get("imagesTs", {})}
@@ -194,7 +198,7 @@ def _verified(
         else:
             manifest[part] = recorded
     labels = {p: {c: dataset.label_file(PART_FOLDERS[p], c) for c in images[p]} for p in ("labeled", "monitoring")}
-    manifest["labels"] = {part: {c: _file_hash(path) for c, path in files.items()} for part, files in labels.items()}
+    manifest["labels"] = {part: {c: file_hash(path) for c, path in files.items()} for part, files in labels.items()}
     described = ("channel_names", "modality", "labels", "regions_class_order")
     manifest["dataset"] = {key: dataset.json[key] for key in described if key in dataset.json}
     manifest["fingerprint"] = digest([manifest["labeled"], manifest["labels"]["labeled"], manifest["dataset"]])
@@ -210,10 +214,6 @@ def _stock_integrity_check(dataset: RawDataset, num_processes: int) -> None:
         verify_dataset_integrity(str(dataset.folder), max(1, num_processes))
     except (AssertionError, RuntimeError, FileNotFoundError) as error:
         raise UserError("nnU-Net's integrity check must pass", reason(error), None, "repair the data set") from error
-
-
-def _file_hash(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _is_ours(path: Path, manifest: dict[str, Any]) -> bool:

@@ -186,6 +186,7 @@ def _with_all_images(base: type[ExperimentPlanner], images: dict[str, dict[str, 
     class AllImagesPlanner(base):  # type: ignore[misc, valid-type]
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
+            self.dataset = {case: files for case, files in self.dataset.items() if case in images}  # no stray file
             statistics = list(images.values())
             relative = [s["relative_size_after_cropping"] for s in statistics]
             self.dataset_fingerprint = {

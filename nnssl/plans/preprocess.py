@@ -20,6 +20,7 @@ from nnssl.plans.manifest import (
     SUFFIXES,
     cases_on_disk,
     configuration_of,
+    file_hash,
     part_folder,
     preprocessing_hash,
     save_manifest,
@@ -60,10 +61,15 @@ def carry_over(old: dict[str, Any], new: dict[str, Any], folder: Path) -> None:
         new["configurations"][identifier] = kept
     save_manifest(folder, new)
     for identifier, kept in new["configurations"].items():
-        for part in SUFFIXES:
-            target = part_folder(folder, identifier, part)
-            for case in cases_on_disk(target) - set(kept[part]):
-                _delete_case(target, case)
+        _delete_unlisted(folder, identifier, kept)
+
+
+def _delete_unlisted(folder: Path, identifier: str, entry: dict[str, Any]) -> None:
+    """Delete the preprocessed cases of a configuration that its manifest entry does not list."""
+    for part in SUFFIXES:
+        target = part_folder(folder, identifier, part)
+        for case in cases_on_disk(target) - set(entry[part]):
+            _delete_case(target, case)
 
 
 def _signature(manifest: dict[str, Any], part: str, case: str) -> Any:
@@ -130,8 +136,7 @@ def _current_entry(folder: Path, identifier: str, plan_hash: str, manifest: dict
     for part in SUFFIXES:
         target = part_folder(folder, identifier, part)
         entry[part] = [case for case in entry[part] if _is_complete(target, case)]
-        for case in cases_on_disk(target) - set(entry[part]):
-            _delete_case(target, case)
+    _delete_unlisted(folder, identifier, entry)
     return entry
 
 
@@ -197,14 +202,14 @@ def _delete_case(folder: Path, case: str) -> None:
         (folder / (case + ending)).unlink(missing_ok=True)
 
 
-def copy_ground_truth(folder: Path, labels: dict[str, Path], old: dict[str, str], new: dict[str, str]) -> None:
+def copy_ground_truth(folder: Path, labels: dict[str, Path], hashes: dict[str, str]) -> None:
     """Keep ``gt_segmentations`` equal to the labels of the labeled cases, as nnU-Net's validation expects.
 
     Args:
         folder: the preprocessed data set's folder.
         labels: label file by labeled case.
-        old: hash of the label files at the last run.
-        new: hash of the label files now.
+        hashes: :func:`nnssl.plans.manifest.file_hash` of the label files. The copies are compared with it, not with
+            the last run's record: a run that broke off has recorded labels that it did not copy.
     """
     target = folder / "gt_segmentations"
     target.mkdir(exist_ok=True)
@@ -213,5 +218,5 @@ def copy_ground_truth(folder: Path, labels: dict[str, Path], old: dict[str, str]
         if path.name not in wanted:
             path.unlink()
     for name, (case, label) in wanted.items():
-        if not (target / name).is_file() or old.get(case) != new[case]:
+        if not (target / name).is_file() or file_hash(target / name) != hashes[case]:
             shutil.copyfile(label, target / name)

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -20,6 +20,7 @@ import numpy as np
 from nnssl.errors import UserError
 from nnssl.imageio import Geometry, ImageReadError, read_array, split_ending
 from nnssl.layout import IMAGE_FOLDERS, RawDataset
+from nnssl.plans.manifest import write_json_atomically
 from nnssl.plans.parallel import Workers
 
 _CACHE_VERSION = 1
@@ -63,36 +64,6 @@ class _Job(NamedTuple):
     case: str
     images: list[Path]
     label: Path | None
-
-
-def image_hash(images: list[Path]) -> str:
-    """Return the SHA-256 of the decoded voxels (single precision) and grid of a case's files, in order.
-
-    The same image has the same hash in every lossless format, compression and integer or float type. The grid enters
-    rounded to 1e-4 mm (spacing) and 1e-3 (origin in mm, direction).
-
-    Raises:
-        ImageReadError: if a file is no complete image.
-    """
-    digest = hashlib.sha256()
-    for path in images:
-        _update(digest, *read_array(path))
-    return digest.hexdigest()
-
-
-def check_labeled_case(images: list[Path], label: Path, allowed_values: set[int]) -> None:
-    """Refuse a labeled case that cannot be trained on.
-
-    Raises:
-        UserError: if an image is unreadable, constant or not finite, if image and label do not share one grid, or if
-            the label holds a value outside ``allowed_values``.
-    """
-    _refuse_labeled(label.name, scan_case(images, label), allowed_values, None)
-
-
-def check_unlabeled_case(images: list[Path], expected_channels: int) -> str | None:
-    """Return why an unlabeled case must be set aside, or None if it can be used."""
-    return _unlabeled_reason(scan_case(images, None), expected_channels)
 
 
 def scan_case(images: list[Path], label: Path | None) -> CaseScan:
@@ -165,11 +136,12 @@ def verify_raw_dataset(
         for case in cases[folder]:
             _refuse_labeled(f"{folder}/{case}", scans[folder][case], allowed, expected)
     set_aside = _set_aside(dataset, cases, scans, expected)
-    hashes = _hashes(scans, set_aside)
-    _refuse_duplicates(hashes)
+    unusable = {case for case, scan in scans["imagesUn"].items() if scan.problem}
+    _refuse_duplicates(_hashes(scans, unusable))  # also a copy that its patient's role would set aside
+    _warn_shared_patients(dataset, cases)
     if check_integrity:
         _warn_absent_classes(dataset, scans["imagesTr"])
-    return Verified(set_aside, hashes)
+    return Verified(set_aside, _hashes(scans, set_aside.keys()))
 
 
 def _refuse_layout(dataset: RawDataset, cases: dict[str, dict[str, list[Path]]]) -> None:
@@ -238,12 +210,13 @@ def _set_aside(
     return aside
 
 
-def _hashes(scans: dict[str, dict[str, CaseScan]], set_aside: dict[str, str]) -> dict[str, dict[str, str]]:
+def _hashes(scans: dict[str, dict[str, CaseScan]], left_out: Collection[str]) -> dict[str, dict[str, str]]:
+    """Return the hashes by folder and case, without the unlabeled cases named in ``left_out``."""
     return {
         folder: {
             case: scan.hash
             for case, scan in members.items()
-            if scan.hash is not None and not (folder == "imagesUn" and case in set_aside)
+            if scan.hash is not None and not (folder == "imagesUn" and case in left_out)
         }
         for folder, members in scans.items()
     }
@@ -267,6 +240,16 @@ def _refuse_duplicates(hashes: dict[str, dict[str, str]]) -> None:
             if value in seen:
                 warnings.warn(f"{folder}/{case} is the same image as {seen[value]}", stacklevel=4)
             seen.setdefault(value, f"{folder}/{case}")
+
+
+def _warn_shared_patients(dataset: RawDataset, cases: dict[str, dict]) -> None:
+    """Warn of labeled patients who are also held out: numbers on them say nothing about new patients."""
+    labeled = {dataset.patient(case) for case in cases["imagesTr"]}
+    for folder in ("imagesVal", "imagesTs"):
+        if shared := sorted(labeled & {dataset.patient(case) for case in cases[folder]}):
+            warnings.warn(
+                f"patients in imagesTr and {folder}, whose results are too good: {listed(shared)}", stacklevel=3
+            )
 
 
 def _warn_absent_classes(dataset: RawDataset, scans: dict[str, CaseScan]) -> None:
@@ -316,37 +299,33 @@ def _scan_label(label: Path, grid: Geometry) -> tuple[str | None, tuple[tuple[fl
     return (f"{difference} (image, label)" if difference else None), tuple(count_values(array).items())
 
 
-def _scan_now(jobs: list[_Job], num_processes: int) -> dict[str, CaseScan]:
-    fresh: dict[str, CaseScan] = {}
-    with Workers(num_processes) as workers:
-        by_case = {_key(job): (job.images, job.label) for job in jobs}
-        for key, scan, error in workers.run("checking images", scan_case, by_case):
-            if error is not None:
-                raise error
-            fresh[key] = scan
-    return fresh
-
-
 def _scan_all(jobs: list[_Job], num_processes: int, cache_path: Path | None) -> dict[str, dict[str, CaseScan]]:
-    """Scan the cases whose files have changed since the cache was written, and return all scans by folder."""
+    """Scan the cases whose files have changed since the cache was written, and return all scans by folder.
+
+    What was scanned is kept also when the rest fails or is interrupted: an archive takes hours.
+    """
     known = _load_cache(cache_path)
-    stamps = [_stamp(job) for job in jobs]
-    todo = [job for job, stamp in zip(jobs, stamps, strict=True) if known.get(_key(job), {}).get("stamp") != stamp]
-    fresh = _scan_now(todo, num_processes)
+    entries, todo = {}, {}
+    for job in jobs:
+        key, stamp = f"{job.folder}/{job.case}", _stamp(job)
+        if known.get(key, {}).get("stamp") == stamp:
+            entries[key] = known[key]
+        else:
+            todo[key] = (job, stamp)
+    try:
+        with Workers(num_processes) as workers:
+            files = {key: (job.images, job.label) for key, (job, _) in todo.items()}
+            for key, scan, error in workers.run("checking images", scan_case, files):
+                if error is not None:
+                    raise error
+                entries[key] = {"stamp": todo[key][1], "scan": asdict(scan)}
+    finally:
+        if cache_path is not None:
+            write_json_atomically(cache_path, {"version": _CACHE_VERSION, "scans": dict(sorted(entries.items()))})
     scans: dict[str, dict[str, CaseScan]] = {folder: {} for folder in IMAGE_FOLDERS}
-    entries = {}
-    for job, stamp in zip(jobs, stamps, strict=True):
-        key = _key(job)
-        scan = fresh[key] if key in fresh else _scan_from_json(known[key]["scan"])
-        scans[job.folder][job.case] = scan
-        entries[key] = {"stamp": stamp, "scan": asdict(scan)}
-    if cache_path is not None and (todo or entries.keys() != known.keys()):
-        _store_cache(cache_path, entries)
+    for job in jobs:
+        scans[job.folder][job.case] = _scan_from_json(entries[f"{job.folder}/{job.case}"]["scan"])
     return scans
-
-
-def _key(job: _Job) -> str:
-    return f"{job.folder}/{job.case}"
 
 
 def _stamp(job: _Job) -> list[list]:
@@ -375,13 +354,6 @@ def _load_cache(path: Path | None) -> dict[str, dict]:
     except ValueError:
         return {}
     return stored.get("scans", {}) if stored.get("version") == _CACHE_VERSION else {}
-
-
-def _store_cache(path: Path, scans: dict[str, dict]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps({"version": _CACHE_VERSION, "scans": scans}), encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def listed(names: Iterable[object], limit: int = 10) -> str:

@@ -24,11 +24,6 @@ def test_labels_in_the_mask_file_never_come_out(toy, tmp_path):
     dataset = UnlabeledDataset(tmp_path, use_mask=True)
     assert set(np.unique(dataset.load_case("case")[1][:])) == {-1, 0}
     assert np.array_equal(dataset.load_case("case")[1][:, 5:9] < 0, seg[:, 5:9] < 0)
-    assert dataset.cases_with_labels() == ["case"]
-
-
-def test_clean_cases_hold_no_labels(folders):
-    assert UnlabeledDataset(folders.unlabeled).cases_with_labels() == []
 
 
 def test_only_the_image_file_is_needed_without_mask(toy, tmp_path):

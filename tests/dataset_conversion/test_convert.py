@@ -95,6 +95,12 @@ def test_la_challenge_folders(convert, la_challenge: Path, raw: Path):
     assert dataset.json["reference"] == CONVERTERS["LA"].SOURCE_URL
 
 
+def test_name_of_the_download_does_not_make_it_a_test_set(run, la_challenge: Path, raw: Path):
+    download = (la_challenge / "Training Set").rename(la_challenge / "test_LA")
+    assert run(main, "LA", download, "-d", 60)[0] == 0
+    assert len(list((raw / "Dataset060_LA" / "imagesTr").iterdir())) == 3
+
+
 def test_la_header_without_spacing_gets_the_nominal_one(convert, la_challenge: Path, raw: Path):
     folder = la_challenge / "Training Set" / LA_IDS[0]
     write(folder / "lgemri.nrrd", scan(1))

@@ -314,7 +314,8 @@ def test_colour_mask(do_import, raw: Path, folders: Path):
     for kind in ("photos", "png_masks"):
         (folders / kind).mkdir()
         io.imsave(folders / kind / "a.png", np.random.default_rng(0).integers(0, 255, (9, 8, 3)).astype(np.uint8))
-    refused(do_import(labeled="photos", labels="png_masks", unlabeled=None), raw, "3 colour channels")
+    channels = ("--channels", "R", "G", "B")
+    refused(do_import(*channels, labeled="photos", labels="png_masks", unlabeled=None), raw, "3 colour channels")
 
 
 def test_image_with_a_time_axis(do_import, raw: Path, folders: Path):

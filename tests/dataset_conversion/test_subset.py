@@ -214,6 +214,23 @@ def test_published_lists_can_be_overridden_by_a_development_list(subset, source:
     assert {dataset.patient(case) for case in dataset.cases("imagesUn")} == {"p02"}
 
 
+def test_published_labeled_patients_are_all_there_or_refused(subset, source: Path):
+    write_published(source, train=["p05", "p01", "p02", "p03"], val=["p07"], test=["p08"])
+    assert "p01 in labeled and val" in subset("--published", "Toy-2", "--val_ids", ["p01"])[2]
+    for path in (source / "labelsTr").glob("p01_*"):
+        path.unlink()
+    assert "need a label" in subset("--published", "Toy-2")[2]
+
+
+def test_file_lists_of_dataset_json_do_not_lead_to_hidden_labels(subset, source: Path):
+    content = json.loads((source / "dataset.json").read_text())
+    files = {"images": ["imagesTr/p00_f1_0000.nii.gz"], "label": str(source / "labelsTr" / "p00_f1.nii.gz")}
+    content |= {"dataset": {"p00_f1": files}, "training": [{"label": "./labelsTr/p00_f1.nii.gz"}]}
+    (source / "dataset.json").write_text(json.dumps(content))
+    dataset, _, _ = subset("--labeled_ids", ["p05"])
+    assert "labelsTr" not in (dataset.folder / "dataset.json").read_text()
+
+
 @pytest.mark.parametrize(
     ("options", "texts"),
     [

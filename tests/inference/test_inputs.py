@@ -6,8 +6,10 @@ import os
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import SimpleITK
+from skimage import io
 
 from nnssl.errors import UserError
 from nnssl.inference.inputs import list_inputs, prepare_output
@@ -28,6 +30,14 @@ def test_wrong_channels_are_named_case_by_case(images: Path) -> None:
         list_inputs(images, ".nii.gz", 2)
     assert "case_2 (has 0000)" in refusal.value.got
     assert "case_1" not in refusal.value.got
+
+
+def test_one_file_may_hold_all_channels(tmp_path: Path) -> None:
+    rgb = np.random.default_rng(0).integers(0, 255, (8, 9, 3)).astype(np.uint8)
+    io.imsave(str(tmp_path / "photo_0000.png"), rgb, check_contrast=False)
+    assert list(list_inputs(tmp_path, ".png", 3)) == ["photo"]
+    with pytest.raises(UserError, match="channels of training"):
+        list_inputs(tmp_path, ".png", 1)
 
 
 def test_gap_in_the_channels_is_wrong_even_when_the_count_fits(images: Path) -> None:

@@ -161,6 +161,28 @@ def test_an_interrupted_run_is_refused_and_then_continued(toy, monkeypatch):
     assert require_current(toy.folder, toy.plans(), "2d")
 
 
+def test_an_interrupted_run_leaves_no_stale_ground_truth(toy, monkeypatch):
+    label = toy.raw / "labelsTr" / "case_001.nii.gz"
+    image = sitk.ReadImage(str(label))
+    sitk.WriteImage(sitk.Cast(image > 0, sitk.sitkUInt8), str(label))
+
+    def interrupted(self, *arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DefaultPreprocessor, "run_case_save", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            toy.run()
+    toy.run()
+    assert (toy.folder / "gt_segmentations" / "case_001.nii.gz").read_bytes() == label.read_bytes()
+
+
+def test_a_stray_file_among_the_labeled_is_ignored(new_toy):
+    toy = new_toy("stray", labeled=2, unlabeled=1)
+    (toy.raw / "imagesTr" / "._case_000_0000.nii.gz").write_bytes(b"what macOS writes beside files on other disks")
+    assert toy.run().processed["2d"]["labeled"] == 2
+
+
 def test_cases_that_fail_are_set_aside_and_the_run_goes_on(toy, monkeypatch):
     shutil.copy(toy.raw / "dataset.json", toy.raw / "imagesUn" / "text_0000.nii.gz")
     brighten(toy.raw / "imagesUn" / "case_004_0000.nii.gz")
@@ -226,6 +248,15 @@ def test_images_smaller_than_the_patch_and_no_unlabeled_case_run(new_toy):
     prepared = toy.run("2d", planning={"overrides": {"2d": Overrides(patch_size=(32, 32), base_features=4)}})
     assert require_current(toy.folder, prepared.plans, "2d")["unlabeled"] == []
     assert json.loads((toy.folder / "splits_final.json").read_text()) == []
+
+
+def test_clean_trusts_no_earlier_scan(toy):
+    cache = toy.folder / "nnssl_verified.json"
+    scans = json.loads(cache.read_text())
+    scans["scans"]["imagesUn/case_004"]["scan"]["hash"] = "0" * 64
+    cache.write_text(json.dumps(scans))
+    assert toy.run().manifest["cases"]["case_004"]["hash"] == "0" * 64
+    assert toy.run(clean=True).manifest["cases"]["case_004"]["hash"] != "0" * 64
 
 
 def test_clean_starts_over_even_from_a_broken_manifest(toy):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,10 +13,9 @@ import pytest
 import SimpleITK as sitk
 
 from nnssl.errors import UserError
-from nnssl.imageio import ImageReadError
 from nnssl.layout import RawDataset
 from nnssl.plans import verify
-from nnssl.plans.verify import check_labeled_case, check_unlabeled_case, count_values, image_hash, verify_raw_dataset
+from nnssl.plans.verify import count_values, scan_case, verify_raw_dataset
 
 SHAPE = (4, 6, 5)
 
@@ -96,6 +96,14 @@ def test_unlabeled_copy_of_another_image_is_refused_and_both_are_named(raw_folde
     array = sitk.GetArrayFromImage(sitk.ReadImage(str(raw_folder / folder / f"{case}_0000.nii.gz")))
     write(raw_folder / "imagesUn" / "copy_f1_0000.nii.gz", array.astype(np.int16))  # another type, same content
     with pytest.raises(UserError, match=f"imagesUn/copy_f1 equals {folder}/{case}"):
+        check()
+
+
+@pytest.mark.parametrize("folder", ["imagesVal", "imagesTs"])
+def test_a_file_copied_under_its_own_name_is_refused_too(raw_folder: Path, check, folder: str):
+    path = next((raw_folder / folder).iterdir())
+    shutil.copy(path, raw_folder / "imagesUn" / path.name)
+    with pytest.raises(UserError, match=f"equals {folder}/"):
         check()
 
 
@@ -206,6 +214,12 @@ def test_absent_class_is_a_warning(raw_folder: Path, check):
         check()
 
 
+def test_labeled_patient_who_is_held_out_is_a_warning(raw_folder: Path, check):
+    write(raw_folder / "imagesTs" / "a2_f7_0000.nii.gz", noise(60))
+    with pytest.warns(UserWarning, match="imagesTr and imagesTs.*: a2$"):
+        check()
+
+
 def test_unreadable_test_image_is_a_warning(raw_folder: Path, check):
     (raw_folder / "imagesTs" / "t1_f1_0000.nii.gz").write_text("x")
     with pytest.warns(UserWarning, match="t1_f1"):
@@ -220,18 +234,9 @@ def test_same_image_twice_among_the_unlabeled_is_a_warning(raw_folder: Path, che
 
 
 # Single cases and hashes ----------------------------------------------------------------------------------------------
-def test_check_single_cases(raw_folder: Path):
-    image = raw_folder / "imagesTr" / "a1_f1_0000.nii.gz"
-    check_labeled_case([image], raw_folder / "labelsTr" / "a1_f1.nii.gz", {0, 1, 2})
-    with pytest.raises(UserError, match="value 2 in"):
-        check_labeled_case([image], raw_folder / "labelsTr" / "a1_f1.nii.gz", {0, 1})
-    assert check_unlabeled_case([image], 1) is None
-    assert "1 channels instead of 2" in check_unlabeled_case([image], 2)
-
-
 def test_channels_on_different_grids_are_a_fault(tmp_path: Path):
     files = [write(tmp_path / "c_0000.nii.gz", noise(0)), write(tmp_path / "c_0001.nii.gz", noise(1), (1, 1, 2))]
-    assert "channels differ in spacing" in check_unlabeled_case(files, 2)
+    assert "channels differ in spacing" in scan_case(files, None).problem
 
 
 def test_hash_depends_on_content_and_grid_only(tmp_path: Path):
@@ -251,11 +256,14 @@ def test_hash_depends_on_content_and_grid_only(tmp_path: Path):
         write(tmp_path / "h.nii.gz", array[::-1].copy()),
         write(tmp_path / "i.nii.gz", array.reshape(4, 5, 6)),
     ]
+
+    def image_hash(images: list[Path]) -> str | None:
+        return scan_case(images, None).hash
+
     assert len({image_hash([path]) for path in same}) == 1
     assert len({image_hash([path]) for path in [same[0], *different]}) == 6
     assert image_hash([same[0], different[0]]) != image_hash([different[0], same[0]])
-    with pytest.raises(ImageReadError):
-        image_hash([tmp_path / "absent.nii.gz"])
+    assert image_hash([tmp_path / "absent.nii.gz"]) is None
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.float32, bool])
@@ -281,6 +289,24 @@ def test_cache_spares_unchanged_files_and_notices_changed_ones(raw_folder: Path,
     os.utime(path, ns=(1, 1))
     assert check(cache_path=cache).set_aside.keys() == {"u1_f1"}
     assert read == ["u1_f1_0000.nii.gz"]
+
+
+def test_an_interrupted_check_keeps_what_it_has_scanned(raw_folder: Path, check, monkeypatch, tmp_path: Path):
+    original, read = verify.scan_case, []
+
+    def stops(images: list[Path], label: Path | None) -> verify.CaseScan:
+        read.append(images[0].name)
+        if len(read) == 4:
+            raise KeyboardInterrupt
+        return original(images, label)
+
+    monkeypatch.setattr(verify, "scan_case", stops)
+    with pytest.raises(KeyboardInterrupt):
+        check(cache_path=tmp_path / "scans.json")
+    done = read[:3]
+    check(cache_path=tmp_path / "scans.json")
+    assert not set(done) & set(read[4:])
+    assert len(set(read)) == 6
 
 
 def test_scan_without_label_does_not_stand_for_one_with_it(raw_folder: Path, check, tmp_path: Path):
