@@ -68,5 +68,5 @@ class CPSTrainer(SemiSupervisedTrainer):
             "loss_cross_network": weight * pseudo_label_loss(space, logits["network"], hard["peer"], valid),
             "loss_cross_peer": weight * pseudo_label_loss(space, logits["peer"], hard["network"], valid),
         }
-        agreement = (hard["network"] == hard["peer"]).float().mean()
+        agreement = (hard["network"] == hard["peer"])[valid.expand_as(hard["peer"])].float().mean()
         yield LossGroup(terms, step=("network", "peer"), log={"agreement": agreement})

@@ -121,7 +121,7 @@ class DiffCLTrainer(SemiSupervisedTrainer):
             "loss_ds_supervised": self._supervised(ds.labeled, batch["target"], beta_d),  # L_s^d
             "loss_ds_cross": s.mu_d * mu * dice_and_cross_entropy(ds.unlabeled, y_u, s.lambda_d, valid),  # eq. 18
         }
-        agreement = (y_u == pseudo_label).float().mean()
+        agreement = (y_u == pseudo_label)[valid].float().mean()
         yield LossGroup(loss_ds, step=("ds",), log={"agreement": agreement})  # eq. 16
 
         loss_cs = {
@@ -202,7 +202,7 @@ class DiffCLTrainer(SemiSupervisedTrainer):
         bank = self.bank.draw(range(self.label_space.num_heads), s.p)
         k = min(s.k, len(voxels) // 2)
         if not bank or k == 0:
-            return sampled.sum() * 0 + sum(p.sum() for p in self.projection.parameters()) * 0
+            return sampled.float().sum() * 0 + sum(p.sum() for p in self.projection.parameters()) * 0
         hard = cs.hard_unlabeled.flatten()[voxels]
         limits = {c: int((hard == c).sum()) for c in bank} if s.cl_min_pred else None
         return label_propagation_loss(self.projection(sampled), bank, k, s.tau, limits)

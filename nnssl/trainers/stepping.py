@@ -98,7 +98,9 @@ class StepRunner:
         for group in groups:
             total = sum(group.terms.values())
             if total.requires_grad:
-                (self.scaler.scale(total) if self.scaler is not None else total).backward()
+                scaled = self.scaler.scale(total) if self.scaler is not None else total
+                with torch.autocast(total.device.type, enabled=False):  # each part's backward in its own precision
+                    scaled.backward()
             for name, value in (group.terms | group.log).items():
                 logged[name] = value.detach()
             # The graph must be gone before the method builds its next group.
@@ -106,8 +108,10 @@ class StepRunner:
             del total
             for name in group.step:
                 self._step(self.optimizers[name])
-            if group.step and self.scaler is not None:
-                self.scaler.update()
+            if group.step:
+                if self.scaler is not None:
+                    self.scaler.update()
+                torch.clear_autocast_cache()  # a method may run a network again after its step
         return logged
 
     def _step(self, optimizer: torch.optim.Optimizer) -> None:

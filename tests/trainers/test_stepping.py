@@ -31,3 +31,20 @@ def test_ranks_average_gradients_before_the_scaler_looks_for_infinities(monkeypa
     StepRunner({"network": optimizer}, Scaler(), True).run([LossGroup({"loss": parameter.sum()}, step=("network",))])
     assert order == ["average", "unscale", "update"]
     assert torch.allclose(parameter.detach(), torch.tensor([0.9]))
+
+
+def test_backward_runs_outside_autocast():
+    """A part that computes in single precision must get its gradient in single precision too."""
+    torch.manual_seed(0)
+    weight = torch.nn.Parameter(torch.randn(8, 8))
+    x = torch.randn(4, 8)
+
+    def loss() -> torch.Tensor:
+        with torch.autocast("cpu", enabled=False):
+            return (x @ weight).square().sum()
+
+    expected = torch.autograd.grad(loss(), weight)[0]
+    runner = StepRunner({"network": torch.optim.SGD([weight], 0.0)}, None, False)
+    with torch.autocast("cpu", torch.bfloat16):
+        runner.run(LossGroup({"loss": loss()}, step=("network",)) for _ in range(1))
+    assert torch.equal(weight.grad, expected)
