@@ -132,7 +132,7 @@ class RawDataset:
         if not pattern:
             return case
         match = re.search(pattern, case)
-        if match is None or not match.groups():
+        if match is None or not match.groups() or match[1] is None:
             remedy = "repair nnssl.patient_pattern in dataset.json"
             raise UserError(
                 "patient_pattern must match every case id with one group", f"{pattern!r} on {case!r}", None, remedy

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from nnssl.evaluation.labels import LabelSet, label_values
 from nnssl.evaluation.masks import match_masks, read_mask, require_same_geometry
 from nnssl.evaluation.metrics import Emptiness, emptiness
 from nnssl.evaluation.protocols import CaseMetrics, Protocol, get_protocol
+from nnssl.plans.parallel import default_processes
 
 
 def evaluate_folders(
@@ -77,16 +77,6 @@ def evaluate_folders(
         "notes": [*chosen.notes, *notes],
     }
     return head | _aggregate(scores, list(label_set.classes), chosen)
-
-
-def default_processes() -> int:
-    """Return nnU-Net's number of processes, ``nnUNet_def_n_proc``, else the number of cores, at most 8."""
-    value = os.environ.get("nnUNet_def_n_proc")
-    if value is None:
-        return min(8, os.cpu_count() or 1)
-    if not value.isdigit() or int(value) < 1:
-        raise UserError("nnUNet_def_n_proc must be a number of processes", value, "1 or more", "correct the variable")
-    return int(value)
 
 
 def resolve_labels(

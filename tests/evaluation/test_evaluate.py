@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from nnssl.errors import UserError
-from nnssl.evaluation.evaluate import default_processes, evaluate_folders
+from nnssl.evaluation.evaluate import evaluate_folders
 from nnssl.evaluation.metrics import mm_metrics
+from nnssl.plans.parallel import default_processes
 
 SHAPE = (6, 12, 16)
 
