@@ -94,7 +94,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         self,
         plans: dict,
         configuration: str,
-        fold: int,
+        fold: int | str,
         dataset_json: dict,
         device: torch.device = torch.device("cuda"),  # noqa: B008  nnU-Net's signature is frozen
     ) -> None:
@@ -217,11 +217,12 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         """Switch the low-resolution outputs of the trained networks; teachers never have them."""
         for name in ["network", *self.partners]:
             decoder = getattr(unwrap(self.trained_network(name)), "decoder", None)
-            if hasattr(decoder, "deep_supervision"):
+            if decoder is not None and hasattr(decoder, "deep_supervision"):
                 decoder.deep_supervision = enabled
         for _, teacher in self.teachers.values():
-            if hasattr(getattr(teacher.module, "decoder", None), "deep_supervision"):
-                teacher.module.decoder.deep_supervision = False
+            decoder = getattr(teacher.module, "decoder", None)
+            if decoder is not None and hasattr(decoder, "deep_supervision"):
+                decoder.deep_supervision = False
 
     # ------------------------------------------------------------------ data
     def do_split(self) -> tuple[list[str], list[str]]:

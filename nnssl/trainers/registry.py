@@ -6,8 +6,12 @@ import importlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from nnssl.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    from nnssl.trainers.base import SemiSupervisedTrainer
 
 
 @dataclass(frozen=True)
@@ -87,7 +91,7 @@ def trainer_info(name: str) -> TrainerInfo:
     return TRAINERS[name]
 
 
-def trainer_class(name: str) -> type:
+def trainer_class(name: str) -> type[SemiSupervisedTrainer]:
     """Import and return a trainer class (loads torch and nnU-Net)."""
     return getattr(importlib.import_module(trainer_info(name).module), name)
 
