@@ -117,12 +117,15 @@ class DiffCLTrainer(SemiSupervisedTrainer):
         self._fill_bank(ds, truth, batch["keys"])
 
         beta_d, beta_c = (b * schedule(s.beta_schedule)(self.fraction) for b in (s.beta_d, s.beta_c))
+        mu = mu * self._trust(cs.hard_labeled, truth)
         loss_ds = {
             "loss_ds_supervised": self._supervised(ds.labeled, batch["target"], beta_d),  # L_s^d
             "loss_ds_cross": s.mu_d * mu * dice_and_cross_entropy(ds.unlabeled, y_u, s.lambda_d, valid),  # eq. 18
         }
         agreement = (y_u == pseudo_label)[valid].float().mean()
-        yield LossGroup(loss_ds, step=("ds",), log={"agreement": agreement})  # eq. 16
+        yield LossGroup(
+            loss_ds, step=("ds",), log={"agreement": agreement, "mu": torch.as_tensor(mu, device=self.device)}
+        )  # eq. 16
 
         loss_cs = {
             "loss_cs_supervised": self._supervised(cs.labeled, batch["target"], beta_c),  # L_s^c
@@ -150,6 +153,22 @@ class DiffCLTrainer(SemiSupervisedTrainer):
         logits = full_resolution(output)
         hard = logits.detach().argmax(1, keepdim=True)
         return Outputs(labeled, logits[count:], features[:count], features[count:], hard[:count], hard[count:])
+
+    @torch.no_grad()
+    def _trust(self, hard: Tensor, truth: Tensor) -> Tensor | float:
+        """Return CS's Dice on the labeled batch, mean of the classes present, 0 if none is (ours; 1 if switched off).
+
+        CS, unlike DS, sees nothing of the labels it is measured on. Without it, networks that know little yet confirm
+        each other's mistakes, and can agree on background alone in short runs.
+        """
+        if not self.settings.trust:
+            return 1.0
+        space = self.label_space
+        a, b = (space.one_hot(x)[:, 1:] * space.valid(truth) for x in (hard, truth))
+        axes = [0, *range(2, a.ndim)]
+        total = a.sum(axes) + b.sum(axes)
+        dice = 2 * (a * b).sum(axes) / total.clamp_min(1)
+        return dice.sum() / (total > 0).sum().clamp_min(1)
 
     def _noised_pair(self, truth: Tensor, pseudo: Tensor) -> Tensor:
         """Return Y_t of both streams and remember their time steps, one per sample (eq. 5)."""

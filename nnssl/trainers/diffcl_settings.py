@@ -22,6 +22,7 @@ class DiffCLSettings(Settings):
 
     mu_d: float = option(1.0, "mu_1: weight of DS's cross term", low=0)
     mu_c: float = option(1.0, "mu_2: weight of CS's unsupervised terms", low=0)
+    trust: bool = option(True, "scale mu by the Dice of CS on the labeled batch: poor networks teach each other little")
     mu_schedule: str = option("ramp", f"course of mu over the run (the paper: constant): {_COURSE}")
     beta_d: float = option(1.0, "beta_1: weight of the cross-entropy in DS's supervised loss", low=0)
     beta_c: float = option(1.0, "beta_2: weight of the cross-entropy in CS's supervised loss", low=0)

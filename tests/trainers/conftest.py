@@ -11,7 +11,7 @@ from nnssl.trainers.launch import Job, read_plans
 from nnssl.trainers.registry import trainer_class
 
 #: Small parts, so that a step takes milliseconds.
-TOY_SETTINGS = {"DiffCLTrainer": {"q": 512, "k": 8, "p": 32, "projection_dim": 8, "bank_capacity": 64}}
+TOY_SETTINGS = {"DiffCLTrainer": {"q": 512, "k": 8, "p": 32, "projection_dim": 8, "bank_capacity": 64, "trust": False}}
 
 
 @pytest.fixture

@@ -153,3 +153,28 @@ def test_hfm_is_trained(build, mode):
     assert still <= (
         {n for n in names if n.endswith(("mamba.D", "norm1.weight", "norm2.weight"))} if mode == "gated" else set()
     )
+
+
+def test_trust_is_the_dice_of_the_classes_present(build):
+    trainer = build("DiffCLTrainer", settings={"trust": True})
+    truth = torch.zeros(1, 1, 4, 4, dtype=torch.int16)
+    truth[..., :2, :] = 1
+    hard = torch.zeros(1, 1, 4, 4, dtype=torch.int64)
+    hard[..., :1, :] = 1
+    assert trainer._trust(hard, truth) == pytest.approx(2 * 4 / (4 + 8))
+    hard[..., 3, :] = 2  # a class that is only predicted has Dice 0
+    assert trainer._trust(hard, truth) == pytest.approx((2 * 4 / (4 + 8) + 0) / 2)
+    assert trainer._trust(torch.zeros_like(hard), torch.zeros_like(truth)) == 0
+    assert trainer._trust(truth.long(), truth) == 1
+
+
+def test_trust_scales_every_unsupervised_term_and_no_other(build):
+    runs = {}
+    for trust in (1.0, 0.25):
+        trainer = build("DiffCLTrainer", settings={"trust": True, "mu_schedule": "constant", "eta": 1.0})
+        trainer._trust = lambda hard, truth, trust=trust: torch.tensor(trust)
+        runs[trust] = trainer.train_step(next(trainer.dataloader_train))
+    for name, value in runs[1.0].items():
+        if name.startswith("loss_"):
+            factor = 1.0 if "supervised" in name else 0.25
+            assert runs[0.25][name] == pytest.approx(factor * value, rel=1e-4)
