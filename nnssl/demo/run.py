@@ -28,7 +28,7 @@ CONFIGURATION = "2d"
 TRAINERS = ("SupervisedTrainer", "DiffCLTrainer")
 PATCH, BATCH, FEATURES = 64, 4, 8
 #: Optimizer steps by default: both trainings together stay well below ten minutes on two cores.
-ITERATIONS = 400
+ITERATIONS = 1200
 #: Steps between two validation rounds.
 EPOCH = 50
 #: Test cases shown in the pictures: the first in name order, whatever their result.
