@@ -34,18 +34,19 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     configuration = manager.get_configuration(args.configuration)
     cases = list(raw.cases("imagesTr").items())
     stock = DefaultPreprocessor(verbose=False)
-    turns = {"labeled": iter(cases * (args.repeats + 1)), "unlabeled": iter(cases * (args.repeats + 1))}
+    # numbered: a case that comes again must not meet its own file
+    turns = {side: enumerate(cases * (args.repeats + 1)) for side in ("labeled", "unlabeled")}
     with tempfile.TemporaryDirectory() as out:
 
         def labeled() -> None:
-            case, images = next(turns["labeled"])
+            number, (case, images) = next(turns["labeled"])
             label = str(raw.label_file("imagesTr", case))
-            target = str(Path(out, case + "_l"))
+            target = str(Path(out, f"{case}_l{number}"))
             stock.run_case_save(target, [str(i) for i in images], label, manager, configuration, raw.json)
 
         def unlabeled() -> None:
-            case, images = next(turns["unlabeled"])
-            target = str(Path(out, case + "_u"))  # as nnssl.plans.preprocess does for every unlabeled case
+            number, (case, images) = next(turns["unlabeled"])
+            target = str(Path(out, f"{case}_u{number}"))  # as nnssl.plans.preprocess does for every unlabeled case
             stock.run_case_save(target, [str(i) for i in images], None, manager, configuration, raw.json)
 
         seconds = interleaved({"labeled": labeled, "unlabeled": unlabeled}, args.repeats)
