@@ -54,6 +54,21 @@ def find_dataset(id_or_name: int | str, root: Path | None = None) -> Path:
     return root / hits[0]
 
 
+def require_writable(folder: Path, rule: str, remedy: str) -> None:
+    """Create a folder and write to it once.
+
+    Raises:
+        UserError: ``rule``, with the system's reason and ``remedy``, if that fails.
+    """
+    probe = folder / f".nnssl_write_test_{os.getpid()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.write_bytes(b"x")
+        probe.unlink()
+    except OSError as error:
+        raise UserError(rule, f"{folder}: {error}", None, remedy) from error
+
+
 @dataclass(frozen=True)
 class RawDataset:
     """A raw data set on disk.

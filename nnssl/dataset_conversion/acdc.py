@@ -67,11 +67,11 @@ def _volumes(source: Path) -> Iterator[Case]:
     original = load_published("acdc.json")["frames"]
     paths = _find(source, _VOLUME, "")
     numbers: dict[str, set[str]] = {}
-    for path in paths:
-        patient, frame = _VOLUME.fullmatch(path.name).groups()  # type: ignore[union-attr]
-        numbers.setdefault(patient, set()).add(frame)
-    for path in paths:
-        patient, frame = _VOLUME.fullmatch(path.name).groups()  # type: ignore[union-attr]
+    matches = [(path, match) for path in paths if (match := _VOLUME.fullmatch(path.name))]
+    for _, match in matches:
+        numbers.setdefault(match[1], set()).add(match[2])
+    for path, match in matches:
+        patient, frame = match.groups()
         if numbers[patient] <= {"01", "02"} and patient in original:
             frame = original[patient][int(frame) - 1]
         image, label = h5_sources(path, "zyx", _NOMINAL_SPACING)

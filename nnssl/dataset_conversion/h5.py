@@ -21,7 +21,8 @@ def h5_sources(path: Path, axes: str, spacing: tuple[float, float, float]) -> tu
         axes: order of the stored axes, ``"xyz"`` or ``"zyx"``.
         spacing: nominal spacing along x, y, z in mm; the files carry none.
     """
-    return tuple(Source(path, partial(read_h5, key=key, axes=axes, spacing=spacing)) for key in ("image", "label"))  # type: ignore[return-value]
+    read = partial(read_h5, axes=axes, spacing=spacing)
+    return Source(path, partial(read, key="image")), Source(path, partial(read, key="label"))
 
 
 def read_h5(path: Path, key: str, axes: str, spacing: tuple[float, float, float]) -> Any:

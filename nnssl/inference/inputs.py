@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from nnssl.errors import UserError
 from nnssl.imageio import ImageReadError, check_image, count_channels
+from nnssl.layout import require_writable
 
 
 def list_inputs(folder: Path, file_ending: str, channels: int) -> dict[str, list[str]]:
@@ -95,12 +95,4 @@ def prepare_output(folder: Path, inputs: Path) -> None:
     folder = Path(folder)
     if folder.exists() and folder.resolve() == Path(inputs).resolve():
         raise UserError("-o must be another folder than -i", folder, None, "choose a folder of its own")
-    probe = folder / f".nnssl_write_test_{os.getpid()}"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe.write_bytes(b"x")
-        probe.unlink()
-    except OSError as error:
-        raise UserError(
-            "-o must be a writable folder", f"{folder}: {error}", None, "choose another or mend it"
-        ) from error
+    require_writable(folder, "-o must be a writable folder", "choose another or mend it")

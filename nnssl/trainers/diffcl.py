@@ -110,7 +110,8 @@ class DiffCLTrainer(SemiSupervisedTrainer):
         cs = self._run(self.network, images, count)
         y_u = cs.hard_unlabeled
         seen_by_ds = torch.cat([batch["data"], unlabeled[s.ds_view]])
-        ds = self._run(self.ds, torch.cat([seen_by_ds, self._noised_pair(truth, y_u)], 1), count, t=self._times)
+        noised, times = self._noised_pair(truth, y_u)
+        ds = self._run(self.ds, torch.cat([seen_by_ds, noised], 1), count, t=times)
         pseudo_label = self._ddim_label(unlabeled[s.ds_view]) if s.ds_pseudo == "ddim" else ds.hard_unlabeled
         self.watch_foreground("CS", y_u, valid)
         self.watch_foreground("DS", pseudo_label, valid)
@@ -170,11 +171,10 @@ class DiffCLTrainer(SemiSupervisedTrainer):
         dice = 2 * (a * b).sum(axes) / total.clamp_min(1)
         return dice.sum() / (total > 0).sum().clamp_min(1)
 
-    def _noised_pair(self, truth: Tensor, pseudo: Tensor) -> Tensor:
-        """Return Y_t of both streams and remember their time steps, one per sample (eq. 5)."""
+    def _noised_pair(self, truth: Tensor, pseudo: Tensor) -> tuple[Tensor, Tensor]:
+        """Return Y_t of both streams (b + u, C, ...) and their time steps, one per sample (eq. 5)."""
         t_l, t_u = self._draw_times(len(truth), 0), self._draw_times(len(pseudo), self.settings.t_min_unlabeled)
-        self._times = torch.cat([t_l, t_u])
-        return torch.cat([self._noised(truth, t_l), self._noised(pseudo, t_u)])
+        return torch.cat([self._noised(truth, t_l), self._noised(pseudo, t_u)]), torch.cat([t_l, t_u])
 
     def _draw_times(self, count: int, low: int) -> Tensor:
         return torch.randint(low, self.settings.timesteps, (count,), device=self.device)

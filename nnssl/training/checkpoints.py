@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import pickle
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 
 from nnssl.errors import UserError
+from nnssl.layout import require_writable
 
 #: Builders of numpy numbers: plain data, they execute nothing.
 _NUMPY_SCALARS = [
@@ -105,17 +107,7 @@ def require_safe(path: Path) -> None:
 def require_space(folder: Path, needed_bytes: int) -> None:
     """Refuse a folder that can't be written or has no room for ``needed_bytes``, before any work is done."""
     folder = Path(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".nnssl_write_test_{os.getpid()}"
-        probe.write_bytes(b"x")
-        probe.unlink()
-    except OSError as error:
-        raise UserError(
-            "the results folder must be writable", f"{folder}: {error}", None, "mend rights or nnUNet_results"
-        ) from error
-    import shutil
-
+    require_writable(folder, "the results folder must be writable", "mend rights or nnUNet_results")
     free = shutil.disk_usage(folder).free
     if free < needed_bytes:
         got = f"{free / 1e6:.0f} MB free in {folder}"
