@@ -48,3 +48,36 @@ def ddim_sample(
         previous = schedule.at(torch.full_like(t, timesteps[index - 1]), y)
         y = previous.sqrt() * x0 + (1 - previous).sqrt() * noise
     return x0
+
+
+@torch.no_grad()
+def ddpm_sample(
+    model: Callable[[Tensor, Tensor], Tensor],
+    start: Tensor,
+    timesteps: Sequence[int],
+    schedule: NoiseSchedule,
+) -> Tensor:
+    """Run stochastic ancestral sampling (Ho et al. 2020, eqs. 6 and 7) over chosen steps with a model that predicts x0.
+
+    The posterior between two visited steps takes their own alpha_bar, with ``alpha = alpha_bar_t / alpha_bar_prev``.
+
+    Args:
+        model: (Y_t (b, ...), t (b,)) -> x0 (b, ...).
+        start: noise at the largest time step (b, ...).
+        timesteps: time steps to visit, ascending.
+        schedule: the noise schedule.
+
+    Returns:
+        The model's last x0.
+    """
+    y, x0 = start, start
+    for index in reversed(range(len(timesteps))):
+        t = torch.full((len(y),), timesteps[index], device=y.device)
+        x0 = model(y, t)
+        if index == 0:
+            break
+        now, previous = schedule.at(t, y), schedule.at(torch.full_like(t, timesteps[index - 1]), y)
+        beta = 1 - now / previous
+        mean = previous.sqrt() * beta / (1 - now) * x0 + (1 - beta).sqrt() * (1 - previous) / (1 - now) * y
+        y = mean + (beta * (1 - previous) / (1 - now)).sqrt() * torch.randn_like(y)
+    return x0

@@ -45,6 +45,17 @@ class NoiseSchedule(nn.Module):
         betas = (1 - f[1:] / f[:-1]).clamp(max=max_beta)
         return cls(torch.cumprod(1 - betas, 0))
 
+    @classmethod
+    def scaled_linear(cls, steps: int = 1000) -> NoiseSchedule:
+        """Return the linear schedule stretched over T steps: beta_t from 0.1/T to 20/T, for T of 21 or more.
+
+        Raises:
+            ValueError: T is so small that a beta reaches 1.
+        """
+        if steps <= 20:
+            raise ValueError(f"a scaled linear schedule needs more than 20 steps, got {steps}")
+        return cls.linear(steps, 0.1 / steps, 20 / steps)
+
     @property
     def steps(self) -> int:
         """T, the number of time steps."""

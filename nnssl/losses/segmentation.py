@@ -22,6 +22,7 @@ def soft_dice_loss(
     smooth: float = 1.0,
     include_background: bool = False,
     batch_dice: bool = True,
+    squared: bool = False,
 ) -> Tensor:
     """Compute the soft Dice loss ``1 - (2 sum p y + s) / (sum p + sum y + s)``, averaged over classes.
 
@@ -36,6 +37,7 @@ def soft_dice_loss(
         smooth: s, in voxels, at least 0.
         include_background: count channel 0; needed for regions, which have no background channel.
         batch_dice: sum over batch and space; otherwise one Dice per sample, averaged.
+        squared: square p and y in the denominator, as V-Net's Dice and SSL4MIS do.
 
     Returns:
         A float32 scalar (float64 for float64 inputs).
@@ -57,7 +59,7 @@ def soft_dice_loss(
         probs, onehot = probs.where(mask, probs.new_zeros(())), onehot.where(mask, onehot.new_zeros(()))
     axes = ([0] if batch_dice else []) + list(range(2, probs.ndim))
     overlap = (probs * onehot).sum(axes)
-    total = probs.sum(axes) + onehot.sum(axes)
+    total = (probs.square() if squared else probs).sum(axes) + onehot.sum(axes)
     dice = (2 * overlap + smooth) / (total + smooth).clamp_min(SMALLEST_DENOMINATOR)
     return 1 - dice.mean()
 
@@ -97,8 +99,10 @@ def dice_and_cross_entropy(
     smooth: float = 1.0,
     include_background: bool = False,
     batch_dice: bool = True,
+    squared: bool = False,
+    dice_weight: float = 1.0,
 ) -> Tensor:
-    """Compute ``D(softmax(logits), target) + ce_weight * E(logits, target)``.
+    """Compute ``dice_weight * D(softmax(logits), target) + ce_weight * E(logits, target)``.
 
     The form that L_s and L_p of Diff-CL share (equations 7 and 19), with Dice D and cross entropy E as above.
 
@@ -110,14 +114,19 @@ def dice_and_cross_entropy(
         smooth: smoothing of the Dice, in voxels.
         include_background: count the background in the Dice.
         batch_dice: sum the Dice over the batch.
+        squared: square the Dice's denominator.
+        dice_weight: weight of the Dice; 0 leaves it out.
 
     Returns:
         A scalar.
     """
+    loss = ce_weight * cross_entropy(logits, target, valid)
+    if dice_weight == 0:
+        return loss
     labels = label_map(target, logits)
     classes = torch.arange(logits.shape[1], device=logits.device).view(1, -1, *[1] * (logits.ndim - 2))
-    dice = soft_dice_loss(logits.softmax(1), labels[:, None] == classes, valid, smooth, include_background, batch_dice)
-    return dice + ce_weight * cross_entropy(logits, labels, valid)
+    probs, onehot = logits.softmax(1), labels[:, None] == classes
+    return loss + dice_weight * soft_dice_loss(probs, onehot, valid, smooth, include_background, batch_dice, squared)
 
 
 def label_map(target: Tensor, logits: Tensor) -> Tensor:

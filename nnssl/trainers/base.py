@@ -8,7 +8,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -62,6 +62,8 @@ class SemiSupervisedTrainer(nnUNetTrainer):
     supports_regions: ClassVar[bool] = True
     #: Whether the method draws unlabeled batches.
     uses_unlabeled: ClassVar[bool] = True
+    #: Differences of two branches' Dice to record each round: name -> (branch, branch it is compared with).
+    branch_differences: ClassVar[dict[str, tuple[str, str]]] = {}
 
     # ------------------------------------------------------------------ what a method implements
     def build_method(self) -> None:
@@ -77,9 +79,9 @@ class SemiSupervisedTrainer(nnUNetTrainer):
     def after_step(self) -> None:
         """Run after the optimizers have stepped, and after the teachers have followed."""
 
-    def branches(self) -> dict[str, Callable[[Tensor], Tensor]]:
-        """Return what makes pseudo-labels, as functions from an image batch to logits, for the branch record."""
-        return {"network": self.predict_logits}
+    def branches(self, x: Tensor) -> dict[str, Tensor]:
+        """Return the logits of everything that makes pseudo-labels on images (b, c, ...), for the branch record."""
+        return {"network": self.predict_logits(x)}
 
     def predict_logits(self, x: Tensor) -> Tensor:
         """Return the predicting network's logits at full resolution."""
@@ -258,6 +260,10 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         self.monitor, self.monitor_name = loaders.monitor, loaders.monitor_name
         return loaders.train, loaders.validation
 
+    def training_views(self, stock):
+        """Return the training transforms of labeled and unlabeled crops; a method with its own overrides this."""
+        return stock
+
     def unlabeled_views(self, stock):
         """Return the transforms of unlabeled crops; a method with its own strong view overrides this."""
         return unlabeled_transforms(stock)
@@ -273,8 +279,8 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         """Fraction of the run that is over, in [0, 1): the time of every schedule."""
         return self.global_step / self.run_options.total_steps
 
-    def learning_rate(self) -> float:
-        """Return the learning rate of this step: nnU-Net's poly decay, per iteration, or constant."""
+    def learning_rate(self, name: str = "network") -> float:
+        """Return a network's learning rate at this step: nnU-Net's poly decay, per iteration, or constant."""
         poly = self.settings.lr_schedule == "poly"
         return self.settings.initial_lr * ((1 - self.fraction) ** 0.9 if poly else 1.0)
 
@@ -282,9 +288,9 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         """Run one step of the method and return its named scalars (one device synchronization)."""
         seed_everything(self.run_options.seed, self.local_rank, Stream.STEP, self.global_step)
         batch = to_device(batch, self.device)
-        for optimizer in self.stepper.optimizers.values():
+        for name, optimizer in self.stepper.optimizers.items():
             for group in optimizer.param_groups:
-                group["lr"] = self.learning_rate()
+                group["lr"] = self.learning_rate(name)
         target = full_resolution(batch["target"])
         self.watch.update("labeled", self.label_space.foreground(target), self.label_space.valid(target))
         self.before_step()
@@ -440,7 +446,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         batches = (self.monitor.batch_at(i) for i in range(self.num_val_iterations_per_epoch))
         seed_everything(self.run_options.seed, 0, Stream.SAMPLING, 0)  # branches that draw noise repeat it every round
         with self.precision():
-            return branch_dice(self.branches(), batches, self.label_space, self.device)
+            return branch_dice(self.branches, batches, self.label_space, self.device)
 
     def on_epoch_end(self, means: dict[str, float], branches: dict[str, float | None]) -> None:
         """Log the epoch, keep the best and the latest state, and go on to the next epoch."""

@@ -60,7 +60,9 @@ def build_loaders(trainer: SemiSupervisedTrainer, train: Any, val: Any) -> Loade
         "regions": manager.foreground_regions if manager.has_regions else None,
         "ignore_label": manager.ignore_label,
     }
-    stock = trainer.get_training_transforms(patch, rotation, scales, mirror_axes, dummy_2d, masked, **labels)
+    stock = trainer.training_views(
+        trainer.get_training_transforms(patch, rotation, scales, mirror_axes, dummy_2d, masked, **labels)
+    )
     val_transforms = trainer.get_validation_transforms(scales, **labels)
 
     def plain(dataset: Any) -> nnUNetDataLoader:

@@ -8,7 +8,7 @@ the paper adds the labeled one), and its weight is ramped over the run.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,8 +46,8 @@ class CPSTrainer(SemiSupervisedTrainer):
         )
         self.peer = self.add_partner("peer", peer)
 
-    def branches(self) -> dict[str, Callable[[Tensor], Tensor]]:
-        return {"network": self.predict_logits, "peer": lambda x: full_resolution(self.peer(x))}
+    def branches(self, x: Tensor) -> dict[str, Tensor]:
+        return {"network": self.predict_logits(x), "peer": full_resolution(self.peer(x))}
 
     def compute_losses(self, batch: dict[str, Any]) -> Iterator[LossGroup]:
         """Yield the supervised losses of both peers, then the cross terms."""

@@ -10,8 +10,7 @@ Glossary: CS convolutional network (predicts), DS diffusion network, F projectio
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -78,16 +77,14 @@ class DiffCLTrainer(SemiSupervisedTrainer):
         self.noise = NoiseSchedule.linear(s.timesteps, 1e-4, 0.02).to(self.device)
         self.bank = self.modules["bank"] = MemoryBank(s.bank_capacity, device=self.device)
 
-    def branches(self) -> dict[str, Callable[[Tensor], Tensor]]:
-        """CS; DS given CS's own pseudo-label at three noise levels (at the last one it sees noise alone)."""
-        steps = [t for t in WATCHED_STEPS if t < self.settings.timesteps]
-        return {"CS": self.predict_logits} | {f"DS_t{t}": partial(self._ds_at, t=t) for t in steps}
-
-    @torch.no_grad()
-    def _ds_at(self, x: Tensor, t: int) -> Tensor:
-        hard = self.predict_logits(x).argmax(1, keepdim=True)
-        times = torch.full((len(x),), t, device=x.device)
-        return full_resolution(self.ds(torch.cat([x, self._noised(hard, times)], 1), t=times))
+    def branches(self, x: Tensor) -> dict[str, Tensor]:
+        """Return CS; DS given CS's own pseudo-label at three noise levels (at the last one it sees noise alone)."""
+        outputs = {"CS": self.predict_logits(x)}
+        hard = self.label_space.harden(outputs["CS"])
+        for t in (t for t in WATCHED_STEPS if t < self.settings.timesteps):
+            times = torch.full((len(x),), t, device=x.device)
+            outputs[f"DS_t{t}"] = full_resolution(self.ds(torch.cat([x, self._noised(hard, times)], 1), t=times))
+        return outputs
 
     def _noised(self, hard: Tensor, t: Tensor) -> Tensor:
         """Return Y_t of eq. 5 for labels (b, 1, ...) at time steps (b,): one-hot, scaled to the set range, noised."""
@@ -121,7 +118,7 @@ class DiffCLTrainer(SemiSupervisedTrainer):
         mu = mu * self._trust(cs.hard_labeled, truth)
         loss_ds = {
             "loss_ds_supervised": self._supervised(ds.labeled, batch["target"], beta_d),  # L_s^d
-            "loss_ds_cross": s.mu_d * mu * dice_and_cross_entropy(ds.unlabeled, y_u, s.lambda_d, valid),  # eq. 18
+            "loss_ds_cross": s.mu_d * mu * self._cross(ds.unlabeled, y_u, s.lambda_d, valid),  # eq. 18
         }
         agreement = (y_u == pseudo_label)[valid].float().mean()
         yield LossGroup(
@@ -130,7 +127,7 @@ class DiffCLTrainer(SemiSupervisedTrainer):
 
         loss_cs = {
             "loss_cs_supervised": self._supervised(cs.labeled, batch["target"], beta_c),  # L_s^c
-            "loss_cs_cross": s.mu_c * mu * dice_and_cross_entropy(cs.unlabeled, pseudo_label, s.lambda_c, valid),
+            "loss_cs_cross": s.mu_c * mu * self._cross(cs.unlabeled, pseudo_label, s.lambda_c, valid),
         }
         if s.eta > 0:
             loss_cs["loss_contrast"] = s.mu_c * mu * s.eta * self._contrast(cs, valid)  # eq. 22
@@ -183,6 +180,10 @@ class DiffCLTrainer(SemiSupervisedTrainer):
         """Return D + beta E (eqs. 7-9): nnU-Net's loss with the cross-entropy weighted by beta."""
         getattr(self.loss, "loss", self.loss).weight_ce = beta
         return self.supervised_loss(output, target)
+
+    def _cross(self, logits: Tensor, label: Tensor, ce_weight: float, valid: Tensor) -> Tensor:
+        """Return L_p (eqs. 19-21) of unlabeled logits against the peer's hard label."""
+        return dice_and_cross_entropy(logits, label, ce_weight, valid, dice_weight=self.settings.cross_dice)
 
     @torch.no_grad()
     def _ddim_label(self, images: Tensor) -> Tensor:

@@ -29,6 +29,7 @@ class DiffCLSettings(Settings):
     beta_schedule: str = option("constant", f"course of beta over the run (the paper: ramp): {_COURSE}")
     lambda_d: float = option(1.0, "lambda_1: weight of the cross-entropy in DS's cross term", low=0)
     lambda_c: float = option(1.0, "lambda_2: weight of the cross-entropy in CS's cross term", low=0)
+    cross_dice: float = option(0.0, "weight of the Dice in both cross terms (the paper: 1)", low=0)
     eta: float = option(0.005, "weight of contrastive label propagation; 0 switches it off", low=0)
     network: str = option("plan", "topology of CS and DS: the plan's, or the paper's V-Net", choices=("plan", "vnet"))
     hfm: bool = option(True, "high-frequency Mamba module in CS")

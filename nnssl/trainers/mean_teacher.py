@@ -8,7 +8,7 @@ strong one of the same crop) instead of independent noise; the consistency weigh
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,8 +41,8 @@ class MeanTeacherTrainer(SemiSupervisedTrainer):
     def build_method(self) -> None:
         self.teacher = self.add_teacher("teacher", "network", self.settings.ema_decay)
 
-    def branches(self) -> dict[str, Callable[[Tensor], Tensor]]:
-        return {"student": self.predict_logits, "teacher": lambda x: full_resolution(self.teacher(x))}
+    def branches(self, x: Tensor) -> dict[str, Tensor]:
+        return {"student": self.predict_logits(x), "teacher": full_resolution(self.teacher(x))}
 
     def compute_losses(self, batch: dict[str, Any]) -> Iterator[LossGroup]:
         """Yield the supervised loss, then the consistency cost."""

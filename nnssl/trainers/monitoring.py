@@ -12,7 +12,7 @@ from nnssl.training.label_space import LabelSpace
 
 @torch.no_grad()
 def branch_dice(
-    branches: Mapping[str, Callable[[Tensor], Tensor]],
+    branches: Callable[[Tensor], Mapping[str, Tensor]],
     batches: Iterable[dict],
     space: LabelSpace,
     device: torch.device,
@@ -23,7 +23,7 @@ def branch_dice(
     neither labels nor prediction hold is left out, and None means that no class is left.
 
     Args:
-        branches: name -> function from images (b, c, ...) to logits (b, C, ...).
+        branches: function from images (b, c, ...) to the logits (b, C, ...) of each branch, by name.
         batches: labeled batches (``data``, ``target``).
         space: what the heads mean.
         device: where the branches run.
@@ -35,8 +35,8 @@ def branch_dice(
         target = target.to(device)
         truth, valid = space.one_hot(target), space.valid(target)
         axes = [0, *range(2, truth.ndim)]
-        for name, branch in branches.items():
-            guess = space.one_hot(space.harden(space.probs(branch(data)))) * valid
+        for name, logits in branches(data).items():
+            guess = space.one_hot(space.harden(space.probs(logits))) * valid
             counts = torch.stack([(guess * truth).sum(axes), guess.sum(axes) + truth.sum(axes)])
             sums[name] = sums[name] + counts if name in sums else counts
     result = {}

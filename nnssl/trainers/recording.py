@@ -74,10 +74,17 @@ def epoch_record(
         "figures": {name: value for name, value in means.items() if name not in terms},
         "validation_dice": {str(i + 1): float(dice) for i, dice in enumerate(validation)},
         "branches": branches,
+        "differences": differences(trainer.branch_differences, branches),
         "monitored_on": trainer.monitor_name,
         "foreground": trainer.watch.report(),
     }
     return plain(finite_only(record))
+
+
+def differences(wanted: dict[str, tuple[str, str]], branches: dict[str, float | None]) -> dict[str, float | None]:
+    """Return the wanted differences between branches; None where a branch is missing or has no Dice."""
+    pairs = {name: (branches.get(a), branches.get(b)) for name, (a, b) in wanted.items()}
+    return {name: None if a is None or b is None else a - b for name, (a, b) in pairs.items()}
 
 
 def epoch_line(trainer: SemiSupervisedTrainer, record: dict[str, Any]) -> str:
@@ -85,10 +92,11 @@ def epoch_line(trainer: SemiSupervisedTrainer, record: dict[str, Any]) -> str:
     eta = trainer.epoch_seconds * (trainer.num_epochs - record["epoch"] - 1)
     terms = ", ".join(f"{n[len(TERM) :]} {'-' if v is None else f'{v:.4f}'}" for n, v in record["losses"].items())
     dice = ", ".join(f"{n} {'-' if v is None else f'{v:.3f}'}" for n, v in record["branches"].items())
+    gains = "".join(f", {n} {'-' if v is None else f'{v:+.3f}'}" for n, v in record["differences"].items())
     hours, seconds = divmod(round(eta), 3600)
     left = f"{hours}:{seconds // 60:02d}:{seconds % 60:02d}"
     return (
-        f"epoch {record['epoch'] + 1}/{trainer.num_epochs}: {terms}; Dice on {record['monitored_on']}: {dice}; "
+        f"epoch {record['epoch'] + 1}/{trainer.num_epochs}: {terms}; Dice on {record['monitored_on']}: {dice}{gains}; "
         f"{trainer.epoch_seconds:.1f} s, ETA {left} ({time.strftime('%H:%M', time.localtime(time.time() + eta))})"
     )
 

@@ -57,6 +57,15 @@ TRAINERS: dict[str, TrainerInfo] = {
         2.6,
         "the convolutional network CS",
     ),
+    "DiffRectTrainer": TrainerInfo(
+        "nnssl.trainers.diffrect",
+        "DiffRect",
+        "Liu et al., MICCAI 2024",
+        "weak and strong views, latent diffusion rectifies pseudo-labels",
+        5.3,
+        2.2,
+        "the segmentation network",
+    ),
     "MeanTeacherTrainer": TrainerInfo(
         "nnssl.trainers.mean_teacher",
         "Mean teacher",

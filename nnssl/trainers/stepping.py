@@ -95,6 +95,7 @@ class StepRunner:
         for optimizer in self.optimizers.values():
             optimizer.zero_grad(set_to_none=True)
         logged: dict[str, Tensor] = {}
+        due = False
         for group in groups:
             total = sum(group.terms.values())
             if total.requires_grad:
@@ -109,10 +110,18 @@ class StepRunner:
             for name in group.step:
                 self._step(self.optimizers[name])
             if group.step:
-                if self.scaler is not None:
-                    self.scaler.update()
+                due = self.scaler is not None and not self._update_scale()
                 torch.clear_autocast_cache()  # a method may run a network again after its step
+        if due:
+            self.scaler.update()
         return logged
+
+    def _update_scale(self) -> bool:
+        """Update the scale and return True, unless gradients that were scaled by it still wait for their step."""
+        if any(p.grad is not None for optimizer in self.optimizers.values() for p in parameters_of(optimizer)):
+            return False
+        self.scaler.update()
+        return True
 
     def _step(self, optimizer: torch.optim.Optimizer) -> None:
         parameters = parameters_of(optimizer)
@@ -125,3 +134,4 @@ class StepRunner:
             self.scaler.step(optimizer)
         else:
             optimizer.step()
+        optimizer.zero_grad(set_to_none=True)  # a method may step the same network again

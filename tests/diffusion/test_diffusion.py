@@ -35,6 +35,27 @@ def test_cosine_alpha_bar_follows_its_closed_form_where_betas_are_not_clipped():
         assert schedule.alpha_bar[t].item() == pytest.approx(f((t + 1) / 1000) / f(0), rel=1e-4)
 
 
+def test_cosine_alpha_bar_of_ten_steps_has_its_published_values():
+    """DiffRect's schedule; its last beta is clipped."""
+    published = [0.972093, 0.898706, 0.786911, 0.647478, 0.493844, 0.340810, 0.203121, 0.094046, 0.024092, 2.41e-5]
+    assert NoiseSchedule.cosine(10).alpha_bar.tolist() == pytest.approx(published, rel=1e-5, abs=6e-7)
+    assert spaced_timesteps(10, 2) == [0, 9]
+
+
+def test_the_scaled_linear_schedule_is_the_linear_one_at_a_thousand_steps_and_as_strong_at_others():
+    assert torch.equal(NoiseSchedule.scaled_linear(1000).alpha_bar, NoiseSchedule.linear(1000).alpha_bar)
+    for steps in (21, 50, 200):
+        alpha_bar = NoiseSchedule.scaled_linear(steps).alpha_bar
+        assert alpha_bar[0].item() == pytest.approx(1 - 0.1 / steps)
+        assert (1 - alpha_bar[-1] / alpha_bar[-2]).item() == pytest.approx(20 / steps, rel=1e-4)
+
+
+@pytest.mark.parametrize("steps", [1, 10, 20])
+def test_a_scaled_linear_schedule_of_few_steps_is_refused(steps):
+    with pytest.raises(ValueError, match="more than 20 steps"):
+        NoiseSchedule.scaled_linear(steps)
+
+
 def test_a_schedule_must_fall():
     with pytest.raises(ValueError, match="must fall"):
         NoiseSchedule(torch.tensor([0.5, 0.6], dtype=torch.float64))

@@ -1,5 +1,6 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -50,6 +51,23 @@ def test_sample_dice_is_the_mean_of_single_sample_losses():
     got = soft_dice_loss(probs, onehot, valid, batch_dice=False)
     assert float(got) == pytest.approx(float(sum(single) / 2), rel=1e-12)
     assert float(soft_dice_loss(probs, onehot, valid)) != pytest.approx(float(got), rel=1e-6)
+
+
+@pytest.mark.parametrize("space", SHAPES)
+@pytest.mark.parametrize("include_background", [False, True])
+def test_squared_dice_has_squares_in_its_denominator(space, include_background):
+    logits, target, valid = toy(space)
+    probs, onehot = logits.softmax(1), onehot_of(target, 3)
+    p, y, v = (x.movedim(1, 0).flatten(1).numpy() for x in (probs, onehot.double(), valid))
+    p, y = p[:, v[0]], y[:, v[0]]
+    dice = (2 * np.einsum("cn,cn->c", p, y) + 1e-5) / (np.linalg.norm(p, axis=1) ** 2 + y.sum(1) + 1e-5)
+    expected = 1 - dice[0 if include_background else 1 :].mean()
+    settings = {"smooth": 1e-5, "include_background": include_background}
+    assert float(soft_dice_loss(probs, onehot, valid, squared=True, **settings)) == pytest.approx(expected, rel=1e-9)
+    assert float(soft_dice_loss(probs, onehot, valid, **settings)) > expected + 1e-3
+    hard = onehot_of(target.flip(0), 3).double()  # a hard map is its own square
+    squared, linear = (float(soft_dice_loss(hard, onehot, valid, squared=s)) for s in (True, False))
+    assert squared == pytest.approx(linear, rel=1e-12)
 
 
 def test_dice_is_zero_at_agreement_and_symmetric():
@@ -133,6 +151,13 @@ def test_combined_loss_is_the_weighted_sum():
     logits, target, valid = toy((7, 6))
     parts = losses_with_mask(logits, target, valid)
     assert float(parts["both"]) == pytest.approx(float(parts["dice"] + 0.3 * parts["ce"]), rel=1e-12)
+    squared = soft_dice_loss(
+        logits.softmax(1), onehot_of(target, 3), valid, 1e-5, include_background=True, squared=True
+    )
+    coded = {"smooth": 1e-5, "include_background": True, "squared": True}
+    for weight in (0.0, 0.5, 2.0):
+        got = dice_and_cross_entropy(logits, target, 0.3, valid, dice_weight=weight, **coded)
+        assert float(got) == pytest.approx(float(weight * squared + 0.3 * parts["ce"]), rel=1e-12)
 
 
 @pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])

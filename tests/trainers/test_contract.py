@@ -30,6 +30,7 @@ OFF = {
     "MeanTeacherTrainer": {"unsupervised_weight": 0},
     "CPSTrainer": {"unsupervised_weight": 0},
     "DiffCLTrainer": {"mu_d": 0, "mu_c": 0, "hfm": False},
+    "DiffRectTrainer": {"unsupervised_weight": 0, "rect_weight": 0},
 }
 
 
@@ -348,6 +349,8 @@ def test_ignored_voxels_and_regions_train(toy, results, name):
         trainer = relabeled(toy, name, labels, order)
         steps = [round(1 / scale[0]) for scale in trainer._get_deep_supervision_scales()]
         batch = {"data": image[:2], "target": [target[..., ::n, ::n] for n in steps], "keys": ["lab0", "lab1"]}
+        if trainer.labeled_weak_view:
+            batch["weak"] = image[:2]
         if trainer.uses_unlabeled:
             batch["unlabeled"] = {**unlabeled, "keys": ["un0", "un1"]}
         assert all(np.isfinite(v) for v in trainer.train_step(batch).values())

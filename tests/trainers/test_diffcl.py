@@ -98,6 +98,10 @@ def test_weights_enter_the_terms_as_equations_16_to_22_have_them(build):
     for term in factors:  # Dice + weight x cross-entropy
         assert base[term] > without[term] + 1e-3, term
         assert twice[term] - base[term] == pytest.approx(base[term] - without[term], rel=1e-4), term
+    one, two = first_step(cross_dice=1.0), first_step(cross_dice=2.0)
+    for term in ("loss_ds_cross", "loss_cs_cross"):
+        assert one[term] > base[term] + 1e-3, term
+        assert two[term] - one[term] == pytest.approx(one[term] - base[term], rel=1e-4), term
 
 
 def test_mu_zero_trains_two_supervised_networks(build):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from nnssl.trainers import stepping
@@ -46,5 +47,75 @@ def test_backward_runs_outside_autocast():
     expected = torch.autograd.grad(loss(), weight)[0]
     runner = StepRunner({"network": torch.optim.SGD([weight], 0.0)}, None, False)
     with torch.autocast("cpu", torch.bfloat16):
-        runner.run(LossGroup({"loss": loss()}, step=("network",)) for _ in range(1))
+        runner.run(LossGroup({"loss": loss()}) for _ in range(1))  # a step would clear the gradient
     assert torch.equal(weight.grad, expected)
+
+
+def steps_by_hand(start: torch.Tensor, gradients: list[float], momentum: float = 0.9, lr: float = 0.1) -> float:
+    """Return the weight after SGD steps with these gradients."""
+    weight, velocity = float(start), 0.0
+    for gradient in gradients:
+        velocity = momentum * velocity + gradient
+        weight -= lr * velocity
+    return weight
+
+
+def scalar_network(start: float = 1.0) -> tuple[torch.nn.Parameter, torch.optim.SGD]:
+    weight = torch.nn.Parameter(torch.tensor(start))
+    return weight, torch.optim.SGD([weight], 0.1, momentum=0.9)
+
+
+def test_two_steps_of_one_network_in_an_iteration_do_not_add_up_their_gradients():
+    weight, optimizer = scalar_network()
+    groups = (LossGroup({"loss": factor * weight}, step=("network",)) for factor in (2.0, 3.0))
+    StepRunner({"network": optimizer}, None, False).run(groups)
+    assert weight.item() == pytest.approx(steps_by_hand(1.0, [2.0, 3.0]))
+
+
+def test_groups_without_a_step_add_up_across_another_networks_step():
+    first, other = scalar_network(), scalar_network()
+    groups = [
+        LossGroup({"loss_a": 2 * first[0]}),
+        LossGroup({"loss_b": 5 * other[0]}, step=("other",)),
+        LossGroup({"loss_c": 3 * first[0]}, step=("network",)),
+    ]
+    StepRunner({"network": first[1], "other": other[1]}, None, False).run(groups)
+    assert first[0].item() == pytest.approx(steps_by_hand(1.0, [5.0]))
+    assert other[0].item() == pytest.approx(steps_by_hand(1.0, [5.0]))
+
+
+def test_gradients_that_wait_for_their_step_keep_the_scale_they_were_taken_with():
+    """The scale doubles after each update here; one between two backward passes would count the first half."""
+    first, other = scalar_network(), scalar_network()
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0, growth_interval=1)
+    runner = StepRunner({"network": first[1], "other": other[1]}, scaler, False)
+    for _ in range(2):
+        runner.run(
+            [
+                LossGroup({"loss_a": 2 * first[0]}),
+                LossGroup({"loss_b": 5 * other[0]}, step=("other",)),
+                LossGroup({"loss_c": 3 * first[0]}, step=("network",)),
+            ]
+        )
+    assert first[0].item() == pytest.approx(steps_by_hand(1.0, [5.0, 5.0]))
+    assert other[0].item() == pytest.approx(steps_by_hand(1.0, [5.0, 5.0]))
+    assert scaler.get_scale() == 4.0 * 2**2
+
+
+def test_the_scale_follows_even_where_a_gradient_is_never_stepped_on():
+    first, other = scalar_network(), scalar_network()
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0, growth_interval=1)
+    runner = StepRunner({"network": first[1], "other": other[1]}, scaler, False)
+    for _ in range(2):
+        runner.run([LossGroup({"loss": 2 * first[0] + 7 * other[0]}, step=("network",))])
+    assert first[0].item() == pytest.approx(steps_by_hand(1.0, [2.0, 2.0]))
+    assert scaler.get_scale() == 4.0 * 2**2
+
+
+def test_a_gradient_no_one_stepped_on_does_not_reach_the_next_iteration():
+    weight, optimizer = scalar_network()
+    runner = StepRunner({"network": optimizer}, None, False)
+    runner.run([LossGroup({"loss": 7 * weight})])
+    assert weight.item() == 1
+    runner.run([LossGroup({"loss": 2 * weight}, step=("network",))])
+    assert weight.item() == pytest.approx(steps_by_hand(1.0, [2.0]))

@@ -1,0 +1,232 @@
+"""DiffRect's rectifier: a U-Net on image and colored pseudo-label whose bottleneck a latent diffusion model rectifies.
+
+Liu et al., "DiffRect: Latent Diffusion Label Rectification for Semi-supervised Medical Image Segmentation", MICCAI 2024
+(arXiv 2407.09918). Three parts: the semantic context embedding of label and image (label context calibration, LCC), the
+latent denoiser (latent feature rectification, LFR), and the decoder to the rectified label.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from nnssl.diffusion.process import q_sample
+from nnssl.diffusion.samplers import ddim_sample, ddpm_sample, spaced_timesteps
+from nnssl.diffusion.schedule import NoiseSchedule
+from nnssl.losses.precision import fp32
+from nnssl.networks.conditioning import TimeEmbedding
+from nnssl.networks.conv_unet import CONV, DROPOUT, POOL, ConvBlock, Decoder, Encoder, Style, Up
+
+#: Levels below full resolution at most; widths are the U-Net's, 1 to 16 times the first.
+MAX_DEPTH = 4
+#: The denoiser pools an axis of the latent only while it has this many voxels.
+MIN_POOLED = 4
+#: Widths of the denoiser's two levels, in units of the latent's.
+DENOISER_WIDTHS = (1.5, 2.0)
+
+
+@dataclass(frozen=True)
+class RectifierShape:
+    """What a rectifier is built from.
+
+    Args:
+        image_channels: channels of the image.
+        label_channels: channels of the colored label map.
+        num_classes: segmentation heads.
+        patch_size: training patch, voxels.
+        strides: pooling between levels, at most four, one size an axis.
+        kernels: kernel sizes of the levels, one more than strides.
+        width: channels at full resolution (the paper's code: 16); all others are multiples of it.
+        norm: norm of encoders and decoder; the denoiser takes group norm where this is "instance".
+        conditioning: how guidance and time step enter, see `nnssl.networks.conv_unet.Style`.
+        dropout: whether the encoders drop values, at the literature's rates.
+        context: whether the label's encoder sees the image too.
+        fusion: how the image's features join the label's at each level.
+        skips: whether the decoder sees the finer levels, or the rectified latent alone.
+        inject: whether the condition reaches the denoiser's input, or its last skip only.
+        diffusion: whether there is a denoiser (LFR); without it the decoder reads the context's latent.
+        timesteps: T of the diffusion.
+        schedule: "cosine" or "linear".
+    """
+
+    image_channels: int
+    label_channels: int
+    num_classes: int
+    patch_size: tuple[int, ...]
+    strides: tuple[tuple[int, ...], ...]
+    kernels: tuple[tuple[int, ...], ...]
+    width: int = 16
+    norm: Literal["batch", "instance"] = "instance"
+    conditioning: Literal["film", "additive"] = "film"
+    dropout: bool = True
+    context: Literal["both", "label"] = "both"
+    fusion: Literal["add", "concat"] = "add"
+    skips: bool = True
+    inject: Literal["input", "skip"] = "input"
+    diffusion: bool = True
+    timesteps: int = 10
+    schedule: Literal["cosine", "linear"] = "cosine"
+
+
+class Rectified(NamedTuple):
+    """Output of the rectifier: logits, and the estimated and the true latent (None where no denoiser ran)."""
+
+    logits: Tensor
+    latent: Tensor | None
+    target: Tensor | None
+
+
+class Rectifier(nn.Module):
+    """R of DiffRect: E_img (image embedder), B_sem (semantic context embedding), denoiser, decoder."""
+
+    def __init__(self, shape: RectifierShape) -> None:
+        super().__init__()
+        self.shape = shape
+        style = Style(len(shape.patch_size), shape.norm, shape.conditioning)
+        widths = [shape.width * 2**i for i in range(len(shape.strides) + 1)]
+        rates = DROPOUT[: len(widths)] if shape.dropout else [0.0] * len(widths)
+        seen = shape.label_channels + (shape.image_channels if shape.context == "both" else 0)
+        self.guidance_embedding = TimeEmbedding()
+        self.image_encoder = Encoder(style, shape.image_channels, widths, shape.strides, shape.kernels, rates)
+        self.context_encoder = Encoder(style, seen, widths, shape.strides, shape.kernels, rates)
+        self.fusers = None
+        if shape.fusion == "concat":
+            self.fusers = nn.ModuleList(CONV[style.ndim](2 * w, w, 1) for w in widths)
+        self.decoder = Decoder(style, widths, shape.kernels, shape.num_classes, shape.skips)
+        self.denoiser = Denoiser(style, widths[-1], latent_size(shape), shape.inject) if shape.diffusion else None
+        cosine = shape.schedule == "cosine"
+        steps = shape.timesteps
+        self.noise = NoiseSchedule.cosine(steps) if cosine else NoiseSchedule.scaled_linear(steps)
+
+    def forward(
+        self,
+        image: Tensor,
+        label: Tensor,
+        guidance: Tensor,
+        good: Tensor | None = None,
+        good_image: Tensor | None = None,
+        t: Tensor | None = None,
+        noise: Tensor | None = None,
+        sampling: Sampling | None = None,
+    ) -> Rectified:
+        """Rectify a label map: in training given the better map, else by sampling.
+
+        Args:
+            image: (b, image_channels, ...).
+            label: colored map to rectify (b, label_channels, ...).
+            guidance: tau, one a item (b,).
+            good: colored map that is better (training): its latent is the diffusion's clean end.
+            good_image: image beside the better map; None = ``image``.
+            t: time steps of the training pass (b,).
+            noise: standard normal, of the latent's shape (see `latent_size`): eps in training, the start of sampling.
+            sampling: how to sample; None in training.
+        """
+        embedding = self.guidance_embedding(guidance)
+        from_image = self.image_encoder(image, embedding)
+        features = self._context(image, label, from_image, embedding)
+        if self.denoiser is None:
+            return Rectified(self.decoder(features, embedding), None, None)
+        condition = features[-1]
+        if sampling is not None:
+            estimate, target = self._sample(self.denoiser, condition, noise, sampling), None
+        else:
+            with torch.no_grad():
+                beside = image if good_image is None else good_image
+                features_image = from_image if good_image is None else self.image_encoder(beside, embedding)
+                target = self._context(beside, good, features_image, embedding)[-1].detach()
+            estimate = self.denoiser(q_sample(target.float(), t, noise, self.noise), t, condition)
+        return Rectified(self.decoder([*features[:-1], estimate], embedding), estimate, target)
+
+    def _context(self, image: Tensor, label: Tensor, from_image: list[Tensor], embedding: Tensor) -> list[Tensor]:
+        seen = torch.cat([image, label], 1) if self.shape.context == "both" else label
+        return self.context_encoder(seen, embedding, from_image, self.fusers)
+
+    @torch.no_grad()
+    def _sample(self, denoiser: nn.Module, condition: Tensor, noise: Tensor, sampling: Sampling) -> Tensor:
+        def x0(y: Tensor, t: Tensor) -> Tensor:
+            estimate = denoiser(y, t, condition).float()
+            return estimate.clamp(-1, 1) if sampling.clamp else estimate
+
+        steps = spaced_timesteps(self.noise.steps, sampling.steps)
+        sampler = ddim_sample if sampling.sampler == "ddim" else ddpm_sample
+        return sampler(x0, noise.float(), steps, self.noise)
+
+
+class Sampling(NamedTuple):
+    """How a latent is sampled: number of steps, sampler, and whether each estimate is clamped to -1..1."""
+
+    steps: int = 2
+    sampler: Literal["ddim", "ddpm"] = "ddim"
+    clamp: bool = False
+
+
+class Denoiser(nn.Module):
+    """The latent denoising U-Net: two levels below the latent, predicts the clean latent.
+
+    Args:
+        style: that of the rectifier.
+        width: channels of the latent.
+        size: spatial size of the latent, which decides what can be pooled.
+        inject: "input" feeds noised latent plus condition to all levels; "skip" as in the authors' code, where the
+            condition joins the last skip alone.
+    """
+
+    def __init__(self, style: Style, width: int, size: Sequence[int], inject: str = "input") -> None:
+        super().__init__()
+        # group norm: the deepest maps may have a single voxel, of which an instance norm makes zero
+        style = Style(style.ndim, "batch" if style.norm == "batch" else "group", style.conditioning)
+        first, second = (round(width * factor) for factor in DENOISER_WIDTHS)
+        pools = pooling(size)
+        self.inject = inject
+        self.time_embedding = TimeEmbedding()
+        self.pools = nn.ModuleList(POOL[style.ndim](pool) for pool in pools)
+        self.down1, self.down2 = ConvBlock(style, width, first), ConvBlock(style, first, second)
+        self.up1, self.up2 = Up(style, second, first), Up(style, first, width)
+
+    def forward(self, noised: Tensor, t: Tensor, condition: Tensor) -> Tensor:
+        """Return the estimate of the clean latent (b, width, ...) from the noised one, its time step and condition."""
+        embedding = self.time_embedding(t)
+        joined = noised + condition
+        d1 = self.down1(self.pools[0](joined if self.inject == "input" else noised), embedding)
+        d2 = self.down2(self.pools[1](d1), embedding)
+        return self.up2(self.up1(d2, d1, embedding), joined, embedding)
+
+
+def pooling(size: Sequence[int]) -> list[list[int]]:
+    """Return the denoiser's two pooling sizes: an axis is halved while it has at least four voxels."""
+    pools, size = [], list(size)
+    for _ in DENOISER_WIDTHS:
+        pools.append([2 if n >= MIN_POOLED else 1 for n in size])
+        size = [n // p for n, p in zip(size, pools[-1], strict=True)]
+    return pools
+
+
+def latent_size(shape: RectifierShape) -> tuple[int, ...]:
+    """Return the latent's spatial size."""
+    size = list(shape.patch_size)
+    for stride in shape.strides:
+        size = [n // s for n, s in zip(size, stride, strict=True)]
+    return tuple(size)
+
+
+def rectifier_levels(
+    strides: Sequence[Sequence[int]], kernels: Sequence[Sequence[int]]
+) -> tuple[tuple[tuple[int, ...], ...], tuple[tuple[int, ...], ...]]:
+    """Return strides and kernel sizes of a rectifier for a plan: its first four strides that pool at all.
+
+    Args:
+        strides: the plan's, one an encoder stage.
+        kernels: the plan's kernel sizes, one an encoder stage.
+    """
+    chosen = [i for i, stride in enumerate(strides) if i and max(stride) > 1][:MAX_DEPTH]
+    return tuple(tuple(strides[i]) for i in chosen), tuple(tuple(kernels[i]) for i in [0, *chosen])
+
+
+@fp32
+def latent_loss(estimate: Tensor, target: Tensor) -> Tensor:
+    """Return the mean squared error of an estimated latent (L_Lat of eq. 13, as mean over all its elements)."""
+    return (estimate - target).square().mean()

@@ -1,0 +1,164 @@
+"""Settings of DiffRect, and the rectifier they describe for a plan."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from nnssl.errors import UserError
+from nnssl.networks.rectifier import RectifierShape, Sampling, rectifier_levels
+from nnssl.trainers.settings import UnsupervisedSettings, option
+from nnssl.training.coloring import SCHEMES
+from nnssl.training.guidance import MEASURES
+from nnssl.training.ramps import schedule
+
+LITERATURE_UNET = "nnssl.networks.conv_unet.LiteratureUNet"
+LATENT_ROWS = ("all", "own")
+#: Channels of the rectifier at full resolution: at least, and beside the literature's U-Net.
+MIN_WIDTH, LITERATURE_WIDTH = 4, 16
+
+
+@dataclass(frozen=True)
+class DiffRectSettings(UnsupervisedSettings):
+    """Settings of DiffRect; tau, t and the loss names are the paper's."""
+
+    unsupervised_weight: float = option(1.0, "weight of the weak-to-strong terms at the end (the code: 0.1)", low=0)
+    network: str = option("plan", "predicting network: the plan's, or SSL4MIS's U-Net", choices=("plan", "literature"))
+    views: str = option("nnunet", "augmentation: nnU-Net's, or the paper's slight one", choices=("nnunet", "paper"))
+    supervised_view: str = option(
+        "strong", "labeled view of the supervised loss (the paper: weak)", choices=("strong", "weak")
+    )
+    pl_rule: str = option(
+        "confident",
+        "pseudo-label: arg max with unsure voxels ignored, or SSL4MIS's rule (unsure voxels become background)",
+        choices=("confident", "ssl4mis"),
+    )
+    pl_threshold: float = option(0.8, "confidence, or relative threshold, of the rule", low=0, high=0.999)
+    pl_dice: float = option(0.0, "weight of the Dice against pseudo-labels (the code: 1)", low=0)
+    squared_dice: bool = option(False, "Dice against labels of the code: squared denominator, background counted")
+    complementary: bool = option(False, "complementary loss of the code, in both networks")
+    # ------------------------------------------------------------------ rectification of the predicting network
+    rect_weight: float = option(1.0, "weight of L_Rect; 0 switches the rectifier off", low=0)
+    rect_start: float = option(0.1, "fraction of the run at which L_Rect begins", low=0, high=1)
+    rect_start_iteration: int = option(0, "L_Rect begins after this iteration at the earliest (the code: 1000)", low=0)
+    rect_schedule: str = option("ramp", "course of L_Rect's weight over the run (the code: constant)")
+    rect_view: str = option(
+        "strong", "view that learns the rectified label (the paper: weak)", choices=("strong", "weak")
+    )
+    merged: bool = option(False, "one step of the predicting network an iteration instead of two")
+    # ------------------------------------------------------------------ label context calibration (LCC)
+    coloring: str = option("published", "colors of the classes", choices=SCHEMES)
+    guidance: str = option("dice", "agreement behind tau (none: no guidance)", choices=("none", *MEASURES))
+    guidance_form: str = option("distance", "tau = 999 (1 - agreement), or agreement", choices=("distance", "overlap"))
+    guidance_per_item: bool = option(True, "one tau an item (the code: one a batch)")
+    guidance_present: bool = option(True, "average over the classes present (the code: all, an absent one counts 1)")
+    guidance_ema: float = option(0.0, "decay of the labeled tau used to rectify; 0 = this step's", low=0, high=0.999)
+    strong_guidance: str = option(
+        "rectified", "map the strong label is compared with (the paper: weak)", choices=("rectified", "weak")
+    )
+    conditioning: str = option("film", "how tau and t enter the rectifier", choices=("film", "additive"))
+    norm: str = option("instance", "norm of the rectifier", choices=("instance", "batch"))
+    context: str = option("both", "what the label's encoder sees (the paper: label)", choices=("both", "label"))
+    fusion: str = option("add", "how image and label features join (the paper: concat)", choices=("add", "concat"))
+    # ------------------------------------------------------------------ latent feature rectification (LFR)
+    diffusion: bool = option(True, "latent denoiser (LFR); without it the rectifier is a plain U-Net")
+    timesteps: int = option(10, "T of the diffusion", low=2)
+    noise_schedule: str = option("cosine", "noise schedule", choices=("cosine", "linear"))
+    sampler: str = option("ddim", "sampler (the paper prints ddpm)", choices=("ddim", "ddpm"))
+    sampling_steps: int = option(2, "steps of a sampling", low=1)
+    clamp: bool = option(False, "clamp sampled latents to -1..1 (the code: true)")
+    inject: str = option("input", "where the condition enters the denoiser (the code: skip)", choices=("input", "skip"))
+    skips: bool = option(True, "the label decoder sees the finer levels (the paper draws none)")
+    s2w: bool = option(True, "strong-to-weak transportation")
+    w2g: bool = option(True, "weak-to-ground-truth transportation")
+    s2w_target: str = option("rectified", "label of the strong-to-weak pass", choices=("rectified", "weak"))
+    s2w_image: str = option("strong", "image beside the better map of strong-to-weak", choices=("strong", "weak"))
+    latent_rows: str = option("all", "items of the latent losses (the paper: own = U or L)", choices=LATENT_ROWS)
+    lat_u_weight: float = option(1.0, "lambda_1: weight of L_Lat-U, times the unsupervised schedule", low=0)
+    lat_l_weight: float = option(1.0, "lambda_2: weight of L_Lat-L", low=0)
+    rectifier_width: int | None = option(
+        None, "channels of the rectifier at full resolution; none = half of the plan's (the code: 16)", low=4
+    )
+    rectifier_lr_schedule: str = option("poly", "its learning rate (the code: constant)", choices=("poly", "constant"))
+
+    def validate(self) -> None:
+        super().validate()
+        schedule(self.rect_schedule)
+        if self.conditioning == "additive" and self.norm != "batch":
+            rule = "an added embedding is erased by instance normalization"
+            raise UserError(rule, "conditioning=additive norm=instance", "film, or norm=batch")
+        if self.noise_schedule == "linear" and self.timesteps <= 20:
+            rule = "the linear schedule needs more than 20 time steps"
+            raise UserError(rule, f"timesteps={self.timesteps}", "21 or more", "or set noise_schedule=cosine")
+        if self.sampling_steps > self.timesteps:
+            raise UserError("sampling_steps cannot exceed timesteps", self.sampling_steps, f"<= {self.timesteps}")
+        if self.network == "literature" and self.deep_supervision:
+            got, todo = "deep_supervision=True", "set it to False"
+            raise UserError("the literature's U-Net has no deep supervision", got, "False", todo)
+
+    def sampling(self) -> Sampling:
+        """Return how a latent is sampled."""
+        return Sampling(self.sampling_steps, self.sampler, self.clamp)  # type: ignore[arg-type]
+
+
+def segmentation_architecture(plans: dict, configuration: str, settings: DiffRectSettings) -> None:
+    """Replace the planned network by SSL4MIS's U-Net where the settings ask for it (idempotent).
+
+    Args:
+        plans: a run's own copy of the plans.
+        configuration: the configuration that is trained.
+        settings: the method's settings.
+    """
+    if settings.network == "literature":
+        config = plans["configurations"][configuration]
+        config["architecture"] = {
+            "network_class_name": LITERATURE_UNET,
+            "arch_kwargs": {"ndim": len(config["patch_size"])},
+            "_kw_requires_import": [],
+        }
+
+
+def rectifier_shape(
+    settings: DiffRectSettings,
+    architecture: dict[str, Any],
+    patch_size: Sequence[int],
+    image_channels: int,
+    label_channels: int,
+    num_classes: int,
+) -> RectifierShape:
+    """Return the rectifier of a plan: its first four poolings, the settings' parts.
+
+    Args:
+        settings: the method's settings.
+        architecture: the configuration's ``architecture``.
+        patch_size: training patch, voxels.
+        image_channels: channels of the image.
+        label_channels: channels of the colored label map.
+        num_classes: segmentation heads.
+    """
+    kwargs, ndim = architecture["arch_kwargs"], len(patch_size)
+    planned = "strides" in kwargs
+    strides, kernels = rectifier_levels(
+        kwargs["strides"] if planned else [[1] * ndim, *[[2] * ndim] * 4],
+        kwargs["kernel_sizes"] if planned else [[3] * ndim] * 5,
+    )
+    return RectifierShape(
+        image_channels,
+        label_channels,
+        num_classes,
+        tuple(patch_size),
+        strides,
+        kernels,
+        width=settings.rectifier_width
+        or max(MIN_WIDTH, kwargs["features_per_stage"][0] // 2 if planned else LITERATURE_WIDTH),
+        norm=settings.norm,  # type: ignore[arg-type]
+        conditioning=settings.conditioning,  # type: ignore[arg-type]
+        context=settings.context,  # type: ignore[arg-type]
+        fusion=settings.fusion,  # type: ignore[arg-type]
+        skips=settings.skips,
+        inject=settings.inject,  # type: ignore[arg-type]
+        diffusion=settings.diffusion,
+        timesteps=settings.timesteps,
+        schedule=settings.noise_schedule,  # type: ignore[arg-type]
+    )

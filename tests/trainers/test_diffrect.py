@@ -1,0 +1,435 @@
+"""What DiffRect promises beyond the contract: who learns from what, when L_Rect acts, and that every switch works."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import numpy as np
+import pytest
+import torch
+from nnssl_test_tools import weights
+
+from nnssl.cli import train
+from nnssl.errors import UserError
+from nnssl.networks.conv_unet import LiteratureUNet
+from nnssl.networks.rectifier import Rectified, Sampling, latent_size, rectifier_levels
+from nnssl.trainers.base import to_device
+from nnssl.trainers.diffrect_settings import DiffRectSettings, rectifier_shape, segmentation_architecture
+from nnssl.training.coloring import colorize
+
+#: All weights at their full size from the first step.
+AT_ONCE = {"unsupervised_schedule": "constant", "rect_schedule": "constant"}
+LITERATURE = {"network": "literature", "deep_supervision": False}
+CODE = {"norm": "batch", "conditioning": "additive", "inject": "skip", "clamp": True}
+#: What the code adds to the losses.
+CODE_LOSSES = {"complementary": True, "pl_dice": 1.0, "squared_dice": True, "pl_rule": "ssl4mis", "pl_threshold": 0.8}
+NETWORK_TERMS = {"loss_supervised", "loss_weak_to_strong", "loss_complementary", "loss_rectification"}
+RECTIFIER_TERMS = {
+    "loss_rect_w2g",
+    "loss_latent_l",
+    "loss_rect_s2w",
+    "loss_latent_u",
+    "loss_rect_complementary",
+}
+
+
+@pytest.fixture
+def made(build):
+    """Return a function that builds a trainer whose terms all have their full weight."""
+
+    def make(configuration="2d", options=None, start=True, **settings):
+        return build("DiffRectTrainer", configuration, {**AT_ONCE, **settings}, options, start)
+
+    return make
+
+
+def steps(trainer, count: int) -> list[dict[str, float]]:
+    return [trainer.train_step(next(trainer.dataloader_train)) for _ in range(count)]
+
+
+def at_step(trainer, step: int) -> dict[str, float]:
+    """Run one step as the given one of the run."""
+    trainer.global_step = step
+    return steps(trainer, 1)[0]
+
+
+# ------------------------------------------------------------------------------------------------ gradients
+
+
+@pytest.mark.parametrize("supervised_view", ["strong", "weak"])
+def test_no_gradient_crosses_between_network_and_rectifier(made, supervised_view):
+    trainer = made(supervised_view=supervised_view, **CODE_LOSSES)
+    batch = to_device(next(trainer.dataloader_train), trainer.device)
+    reached: dict[str, set[str]] = {}
+    for group in trainer.compute_losses(batch):
+        for term, value in group.terms.items():
+            for name in ("network", "rectifier"):
+                parameters = list(trainer.trained_network(name).parameters())
+                grads = torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True)
+                if any(grad is not None for grad in grads):
+                    reached.setdefault(term, set()).add(name)
+    expected = {term: {"network"} for term in NETWORK_TERMS} | {term: {"rectifier"} for term in RECTIFIER_TERMS}
+    assert reached == expected
+
+
+def test_with_weight_zero_and_no_rectification_the_network_is_the_supervised_control(made, build):
+    method, control = made(unsupervised_weight=0, rect_start=1), build("SupervisedTrainer")
+    scalars = steps(method, 2)
+    steps(control, 2)
+    assert "loss_rect_w2g" in scalars[0]  # the rectifier trains
+    for ours, theirs in zip(weights(method.network), weights(control.network), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_the_network_steps_twice_an_iteration_or_once(made, merged):
+    trainer, taken = made(merged=merged, rect_start=0.5), []
+    for name, optimizer in trainer.stepper.optimizers.items():
+        optimizer.register_step_post_hook(lambda *_, name=name: taken.append(name))
+    at_step(trainer, 0)  # L_Rect has not begun
+    assert taken == ["network", "rectifier"]
+    taken.clear()
+    at_step(trainer, 4)
+    assert taken == ["rectifier", "network"] if merged else taken == ["network", "rectifier", "network"]
+
+
+# -------------------------------------------------------------------------------------------- when and how much
+
+
+@pytest.mark.parametrize(
+    ("start", "iteration", "first"), [(0.5, 0, 4), (0.0, 3, 3), (0.25, 5, 5), (0.7, 2, 6), (0.85, 7, 7)]
+)
+def test_rectification_begins_at_the_later_of_fraction_and_iteration(made, capsys, start, iteration, first):
+    trainer = made(rect_start=start, rect_start_iteration=iteration)
+    assert "never starts" not in capsys.readouterr().out
+    assert "loss_rectification" not in at_step(trainer, first - 1)
+    assert "loss_rectification" in at_step(trainer, first)
+
+
+@pytest.mark.parametrize("never", [{"rect_start": 0.95}, {"rect_start": 1}, {"rect_start_iteration": 8}])
+def test_a_rectification_that_never_starts_is_warned_of(made, capsys, never):
+    trainer = made(**never)
+    assert "WARNING: L_Rect never starts within 8 iterations" in capsys.readouterr().out
+    assert "loss_rectification" not in at_step(trainer, 7)
+
+
+def test_weights_enter_the_terms_as_equation_13_has_them(made):
+    base = steps(made(complementary=True), 1)[0]
+    weighty = {"unsupervised_weight": 2.0, "rect_weight": 3.0, "lat_l_weight": 5.0, "lat_u_weight": 7.0}
+    changed = steps(made(complementary=True, merged=True, **weighty), 1)[0]
+    factors = {
+        "loss_supervised": 1,
+        "loss_weak_to_strong": 2,
+        "loss_complementary": 2,
+        "loss_rect_w2g": 1,
+        "loss_latent_l": 5,
+        "loss_rect_s2w": 2,
+        "loss_rect_complementary": 2,
+        "loss_latent_u": 2 * 7,
+    }
+    for term, factor in factors.items():
+        assert changed[term] == pytest.approx(factor * base[term], rel=1e-4), term
+
+
+def test_the_codes_ramp_has_its_published_values():
+    settings = DiffRectSettings(unsupervised_weight=0.1)
+    for step, published in {
+        0: 0.00067,
+        1_000: 0.0009,
+        3_000: 0.0017,
+        7_500: 0.0060,
+        15_000: 0.0287,
+        22_500: 0.0732,
+        30_000: 0.1,
+    }.items():
+        assert settings.unsupervised(step / 30_000) == pytest.approx(published, abs=6e-5)
+
+
+@pytest.mark.parametrize("schedule", ["constant", "poly"])
+def test_the_rectifiers_learning_rate_may_stay(made, schedule):
+    trainer = made(rectifier_lr_schedule=schedule)
+    at_step(trainer, 6)
+    rates = {name: o.param_groups[0]["lr"] for name, o in trainer.stepper.optimizers.items()}
+    decayed = 0.01 * (1 - 6 / 8) ** 0.9
+    assert rates == pytest.approx({"network": decayed, "rectifier": decayed if schedule == "poly" else 0.01})
+
+
+# ------------------------------------------------------------------------------------------ what R is given
+
+
+def recorded_step(trainer) -> tuple[dict, list[dict]]:
+    """Run one step; return its batch and what each call of the rectifier was given."""
+    calls: list[dict] = []
+    trainer.rectifier.register_forward_pre_hook(
+        lambda _, args, kwargs: calls.append({**dict(zip(("image", "label", "tau"), args, strict=True)), **kwargs}),
+        with_kwargs=True,
+    )
+    batch = next(trainer.dataloader_train)
+    trainer.train_step(copy.deepcopy(batch))
+    return batch, calls
+
+
+def classes_of(colored, colors) -> np.ndarray:
+    """Return the class of every voxel of colored maps (b, voxels)."""
+    return torch.cdist(colored.movedim(1, -1).flatten(1, -2), colors).argmin(-1).numpy()
+
+
+def guidance_by_hand(maps, better, valid) -> list[float]:
+    """Return 999 (1 - Dice) of each item, the mean over the classes that either map holds."""
+    rows = []
+    for a, b, counts in zip(maps, better, valid.flatten(1).numpy(), strict=True):
+        a, b = a[counts], b[counts]
+        present = np.union1d(a, b)
+        rows.append(np.mean([2 * ((a == c) & (b == c)).sum() / ((a == c).sum() + (b == c).sum()) for c in present]))
+    return [999 * (1 - row) for row in rows]
+
+
+def test_the_rectifier_is_given_what_the_paper_says(made):
+    trainer = made()
+    batch, (w2g, s2w, rectify) = recorded_step(trainer)
+    n, truth, unlabeled, colors = len(batch["data"]), batch["target"][0], batch["unlabeled"], trainer.colors
+    assert torch.equal(w2g["image"], torch.cat([batch["weak"], unlabeled["weak"]]))
+    assert torch.equal(s2w["image"], torch.cat([batch["data"], unlabeled["strong"]]))
+    # W2G: better is the truth of l, and u's own label
+    assert torch.equal(w2g["good"][:n], colorize(truth, colors))
+    assert torch.equal(w2g["good"][n:], w2g["label"][n:])
+    # S2W: better is the weak view's label
+    assert torch.equal(s2w["good"], w2g["label"])
+    assert s2w["good_image"] is None
+    assert not torch.equal(s2w["label"], w2g["label"])
+    # tau: of the weak label against the truth; items without a better map of their own take the mean
+    y_w = classes_of(w2g["label"], colors)[:n]
+    by_hand = guidance_by_hand(y_w, truth.flatten(1).numpy(), trainer.label_space.valid(truth))
+    assert w2g["tau"][:n].tolist() == pytest.approx(by_hand, rel=1e-4)
+    assert w2g["tau"][n:].tolist() == pytest.approx([w2g["tau"][:n].mean().item()] * len(w2g["tau"][n:]))
+    assert s2w["tau"][:n].tolist() == pytest.approx([s2w["tau"][n:].mean().item()] * n)
+    # rectification of u: the label from before the step, guided by the labeled tau
+    assert torch.equal(rectify["image"], unlabeled["weak"])
+    assert torch.equal(rectify["label"], w2g["label"][n:])
+    assert rectify["tau"].tolist() == pytest.approx([w2g["tau"][:n].mean().item()] * len(rectify["tau"]))
+    assert rectify["sampling"] == Sampling(2, "ddim", False)
+
+
+def test_strong_labels_are_compared_with_the_rectified_or_the_weak_ones(made):
+    taus = {}
+    for reference in ("rectified", "weak"):
+        trainer, answers = made(strong_guidance=reference), []
+        trainer.rectifier.register_forward_hook(lambda _, args, out, seen=answers: seen.append(out.logits.argmax(1)))
+        batch, (w2g, s2w, _) = recorded_step(trainer)
+        n, colors = len(batch["data"]), trainer.colors
+        peer = answers[0].flatten(1).numpy() if reference == "rectified" else classes_of(w2g["label"], colors)
+        by_hand = guidance_by_hand(classes_of(s2w["label"], colors)[n:], peer[n:], batch["unlabeled"]["valid"])
+        taus[reference] = s2w["tau"][n:].tolist()
+        assert taus[reference] == pytest.approx(by_hand, rel=1e-4)
+    assert taus["rectified"] != pytest.approx(taus["weak"], rel=1e-3)
+
+
+def test_the_better_map_of_strong_to_weak_may_lie_beside_the_weak_image(made):
+    _, (w2g, s2w, _) = recorded_step(made(s2w_image="weak"))
+    assert torch.equal(s2w["good_image"], w2g["image"])
+
+
+@pytest.mark.parametrize(("guidance", "tau"), [("none", 0.0), ("fixed", 499.5)])
+def test_guidance_may_be_constant(made, guidance, tau):
+    _, calls = recorded_step(made(guidance=guidance))
+    assert set(torch.cat([call["tau"] for call in calls]).tolist()) == {tau}
+
+
+def test_the_network_learns_what_the_rectifier_makes_of_its_label(made):
+    """A rectifier that always answers the same: L_Rect is the cross-entropy of that answer on the strong view."""
+    trainer = made()
+    batch = to_device(next(trainer.dataloader_train), trainer.device)
+    step, _ = trainer._look(batch, batch["unlabeled"], 1.0)
+    n, classes = step.labeled, trainer.label_space.num_heads
+    answer = torch.randint(0, classes, (len(step.weak) - n, 32, 32), generator=torch.Generator().manual_seed(0))
+    logits = torch.nn.functional.one_hot(answer, classes).movedim(-1, 1) * 9.0
+    trainer.rectifier = lambda *args, **kwargs: Rectified(logits, None, None)
+    group = trainer._rectify(step, 3.0)
+    picked = trainer.predict_logits(step.strong[n:]).log_softmax(1).gather(1, answer[:, None])
+    assert group.terms["loss_rectification"].item() == pytest.approx(
+        -3 * picked[step.valid[n:]].mean().item(), rel=1e-4
+    )
+    changed = (answer[:, None] != step.labels_weak[n:])[step.valid[n:]].float().mean()
+    assert group.log["changed"].item() == pytest.approx(changed.item())
+    assert group.step == ("network",)
+
+
+def test_the_codes_hard_loss_is_cross_entropy_plus_squared_dice(made):
+    trainer = made(squared_dice=True)
+    logits = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    hard = torch.randint(0, 3, (2, 1, 8, 8), generator=torch.Generator().manual_seed(1))
+    valid = torch.rand(2, 1, 8, 8, generator=torch.Generator().manual_seed(2)) > 0.3
+    counted = valid[:, 0].numpy()
+    p = np.stack([channel.numpy()[counted] for channel in logits.softmax(1).movedim(1, 0)]).astype(float)
+    y = np.eye(3)[hard[:, 0].numpy()[counted]].T
+    dice = 1 - np.mean((2 * (p * y).sum(1) + 1e-5) / ((p**2).sum(1) + (y**2).sum(1) + 1e-5))
+    entropy = -np.log((p * y).sum(0)).mean()
+    for weight in (0.0, 1.0, 2.5):
+        got = trainer.hard_loss(logits, hard, valid, weight).item()
+        assert got == pytest.approx(entropy + weight * dice, rel=1e-5)
+
+
+# --------------------------------------------------------------------------------------------------- switches
+
+BASELINE: list[dict[str, float]] = []
+
+ABLATIONS = {
+    "no w2g": {"w2g": False},
+    "no s2w": {"s2w": False},
+    "no diffusion": {"diffusion": False},
+    "no guidance": {"guidance": "none"},
+    "fixed guidance": {"guidance": "fixed"},
+    "random guidance": {"guidance": "random"},
+    "sum guidance": {"guidance": "both"},
+    "jaccard guidance": {"guidance": "jaccard"},
+    "overlap guidance": {"guidance_form": "overlap"},
+    "batch guidance": {"guidance_per_item": False, "guidance_present": False},
+    "weak strong guidance": {"strong_guidance": "weak"},
+    "onehot": {"coloring": "onehot"},
+    "distant colors": {"coloring": "distant"},
+    "own rows": {"latent_rows": "own"},
+    "s2w weak image": {"s2w_image": "weak"},
+    "s2w weak target": {"s2w_target": "weak"},
+    "linear": {"noise_schedule": "linear", "timesteps": 50},
+    "skip": {"inject": "skip"},
+    "label context": {"context": "label"},
+    "concat": {"fusion": "concat"},
+    "no skips": {"skips": False},
+    "code losses": CODE_LOSSES,
+    "paper views": {"views": "paper"},
+    "supervised weak": {"supervised_view": "weak"},
+    "rectify weak": {"rect_view": "weak"},
+    "merged": {"merged": True},
+    "batch norm": {"norm": "batch"},
+    "additive": {"norm": "batch", "conditioning": "additive"},
+    "literature": {**LITERATURE, **CODE},
+    "literature with code losses": {**LITERATURE, **CODE, **CODE_LOSSES, "supervised_view": "weak", "views": "paper"},
+    "rectifier off": {"rect_weight": 0},
+}
+
+
+@pytest.mark.parametrize("name", ABLATIONS)
+def test_every_switch_trains_and_makes_a_difference(made, name):
+    if not BASELINE:
+        BASELINE.extend(steps(made(), 2))
+    rows = steps(made(**ABLATIONS[name]), 2)
+    assert all(np.isfinite(value) for row in rows for value in row.values())
+    assert rows[1] != BASELINE[1]
+    absent = {
+        "no w2g": {"loss_rect_w2g", "loss_latent_l", "tau"},
+        "no s2w": {"loss_rect_s2w", "loss_latent_u"},
+        "no diffusion": {"loss_latent_l", "loss_latent_u"},
+        "rectifier off": RECTIFIER_TERMS | {"loss_rectification", "tau", "changed"},
+    }.get(name, set())
+    added = {"loss_complementary", "loss_rect_complementary"} if "code losses" in name else set()
+    assert set(rows[0]) == (set(BASELINE[0]) | added) - absent
+
+
+@pytest.mark.parametrize("switch", [{"sampler": "ddpm"}, {"clamp": True}, {"sampling_steps": 3}])
+def test_sampling_is_what_the_settings_say(made, switch):
+    trainer, latents = made(**switch), []
+    plain = made()
+    for each in (trainer, plain):
+        each.rectifier.register_forward_hook(lambda _, args, out: latents.append(out.latent))
+        assert all(np.isfinite(value) for value in steps(each, 1)[0].values())
+    assert torch.equal(latents[0], latents[3])  # the training passes are the same
+    assert not torch.equal(latents[2], latents[5])
+    assert (latents[2].abs().max() <= 1) == ("clamp" in switch)
+
+
+def test_batch_norm_rectifies_the_whole_batch_but_learns_from_unlabeled_items(made):
+    """Statistics are taken over all items, as in the code; the labeled ones must not enter L_Rect."""
+    trainer, seen = made(norm="batch"), []
+    trainer.rectifier.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
+    batch = to_device(next(trainer.dataloader_train), trainer.device)
+    step, _ = trainer._look(batch, batch["unlabeled"], 1.0)
+    trainer._rectify(step, 1.0)
+    assert seen == [len(step.weak)]
+    poisoned = step._replace(strong=torch.cat([step.strong[: step.labeled] + 100, step.strong[step.labeled :]]))
+    torch.manual_seed(0)
+    clean = trainer._rectify(step, 1.0).terms["loss_rectification"].item()
+    torch.manual_seed(0)
+    assert trainer._rectify(poisoned, 1.0).terms["loss_rectification"].item() == pytest.approx(clean, rel=1e-4)
+
+
+def test_published_views_train_on_flat_volumes(made):
+    for row in steps(made("3d_fullres", views="paper"), 2):
+        assert all(np.isfinite(value) for value in row.values())
+
+
+def test_bfloat16_trains(made):
+    for row in steps(made(options={"precision": "bf16"}, **CODE_LOSSES), 2):
+        assert all(np.isfinite(value) for value in row.values())
+
+
+def test_the_literatures_network_reaches_the_rectifiers_shape(made):
+    trainer = made(**LITERATURE)
+    assert isinstance(trainer.network, LiteratureUNet)
+    assert trainer.rectifier.shape.strides == ((2, 2),) * 4
+    assert trainer.latent_shape == (64, 2, 2)
+    patch = trainer.configuration_manager.patch_size
+    planned = made(start=False).configuration_manager.configuration["architecture"]
+    shape = rectifier_shape(trainer.settings, planned, patch, 1, 3, 3)
+    kwargs = planned["arch_kwargs"]
+    assert (shape.strides, shape.kernels) == rectifier_levels(kwargs["strides"], kwargs["kernel_sizes"])
+    assert all(
+        n == p // np.prod([s[i] for s in shape.strides])
+        for i, (n, p) in enumerate(zip(latent_size(shape), patch, strict=True))
+    )
+
+
+def test_adapting_plans_twice_changes_nothing(toy):
+    plans = json.loads((toy.preprocessed / "toy2d.json").read_text())
+    untouched = copy.deepcopy(plans)
+    segmentation_architecture(plans, "2d", DiffRectSettings())
+    assert plans == untouched
+    for _ in range(2):
+        segmentation_architecture(plans, "2d", DiffRectSettings(**LITERATURE))
+        assert plans["configurations"]["2d"]["architecture"]["arch_kwargs"] == {"ndim": 2}
+
+
+# ------------------------------------------------------------------------------------------- records and refusals
+
+
+def test_the_rectification_gain_is_recorded(toy, results):
+    settings = ["--set", "rectifier_width=4", "pl_threshold=0", "rect_start=0"]
+    argv = ["901", "2d", "-tr", "DiffRectTrainer", "-p", "toy2d", "-device", "cpu", "--epochs", "1"]
+    assert train.main([*argv, "--iterations_per_epoch", "2", *settings]) == 0
+    fold = results / toy.raw.name / "DiffRectTrainer__toy2d__2d" / "fold_all"
+    (record,) = [json.loads(line) for line in (fold / "progress.jsonl").read_text().splitlines()]
+    branches = record["branches"]
+    assert set(branches) == {"network", "rectified"}
+    gain = branches["rectified"] - branches["network"]
+    assert record["differences"] == {"rectification_gain": pytest.approx(gain, abs=1e-6)}
+    (log,) = fold.glob("training_log*.txt")
+    assert f"rectification_gain {gain:+.3f}" in log.read_text()
+
+
+def test_without_a_rectifier_there_is_no_second_branch(made):
+    trainer = made(rect_weight=0)
+    assert set(trainer.branches(torch.zeros(1, 1, 32, 32))) == {"network"}
+    assert not trainer.partners
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"conditioning": "additive"}, ("instance normalization", "film")),
+        ({"noise_schedule": "linear"}, ("more than 20", "timesteps=10")),
+        ({"sampling_steps": 11}, ("sampling_steps", "timesteps", "11")),
+        ({"network": "literature"}, ("deep supervision", "False")),
+        ({"rect_schedule": "soon"}, ("soon", "ramp")),
+        ({"unsupervised_schedule": "soon"}, ("soon", "ramp")),
+        ({"guidance": "hausdorff"}, ("guidance", "jaccard", "none")),
+        ({"coloring": "rainbow"}, ("coloring", "published")),
+        ({"rectifier_width": 2}, ("rectifier_width", "4 to inf")),
+        ({"pl_threshold": 1.0}, ("pl_threshold", "0.999")),
+        ({"rect_start": 1.5}, ("rect_start", "0 to 1")),
+        ({"timesteps": 1}, ("timesteps", "2 to inf")),
+    ],
+)
+def test_refusals_name_the_setting_and_what_is_allowed(values, words):
+    with pytest.raises(UserError) as refused:
+        DiffRectSettings.from_mapping(values)
+    assert all(word in str(refused.value) for word in words), str(refused.value)
