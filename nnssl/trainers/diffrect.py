@@ -66,7 +66,8 @@ class DiffRectTrainer(SemiSupervisedTrainer):
     def build_method(self) -> None:
         s, classes = self.settings, self.label_space.num_heads
         self.colors = color_table(classes, s.coloring).to(self.device)
-        self.tau = self.modules["tau"] = RunningGuidance(s.guidance_ema, device=self.device)
+        unknown = calibration(torch.tensor(0.5), s.guidance_form).item()
+        self.tau = self.modules["tau"] = RunningGuidance(s.guidance_ema, unknown, self.device)
         if s.rect_weight == 0:
             return
         config = self.configuration_manager
@@ -174,13 +175,15 @@ class DiffRectTrainer(SemiSupervisedTrainer):
     def _strong_to_weak(self, step: Step, better: Tensor, weight: float) -> dict[str, Tensor]:
         """Return the terms of S2W (L_Lat-U and R's segmentation loss on u); ``better``: probabilities W2G gave."""
         s, n = self.settings, step.labeled
-        rectified = self.label(better)[0]
-        peer, target = (rectified if c == "rectified" else step.labels_weak for c in (s.strong_guidance, s.s2w_target))
+        known = {"rectified": self.label(better), "weak": self.label(step.probs_weak)}
+        peer, (target, sure) = known[s.strong_guidance][0], known[s.s2w_target]
         tau = self._tau(step.labels_strong[n:], peer[n:], step.valid[n:])
         guidance = torch.cat([tau.mean().expand(n), tau])
         image = step.weak if s.s2w_image == "weak" else None
         out = self._transport(step.strong, step.labels_strong, guidance, step.labels_weak, image)
-        terms = {"loss_rect_s2w": weight * self.hard_loss(out.logits[n:], target[n:], step.valid[n:], s.pl_dice)}
+        terms = {
+            "loss_rect_s2w": weight * self.hard_loss(out.logits[n:], target[n:], (step.valid & sure)[n:], s.pl_dice)
+        }
         if out.latent is not None and out.target is not None:
             rows = slice(None) if s.latent_rows == "all" else slice(n, None)
             terms["loss_latent_u"] = weight * s.lat_u_weight * latent_loss(out.latent[rows], out.target[rows])
@@ -193,7 +196,7 @@ class DiffRectTrainer(SemiSupervisedTrainer):
         """Return L_Rect: theta learns what the just updated R makes of y_w."""
         s, n = self.settings, step.labeled
         # batch norm takes its statistics over the whole batch, as in the code; otherwise only u is needed
-        rows, u = (slice(None), slice(n, None)) if s.norm == "batch" else (slice(n, None), slice(None))
+        rows, u = (slice(None), slice(n, None)) if s.whole_batch else (slice(n, None), slice(None))
         probs = self.label_space.probs(self._sampled(step.weak[rows], step.labels_weak[rows]).logits)
         y_r, sure = (tensor[u] for tensor in self.label(probs))
         logits = full_resolution(self.network((step.weak if s.rect_view == "weak" else step.strong)[rows]))[u]

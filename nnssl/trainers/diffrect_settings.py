@@ -41,7 +41,7 @@ class DiffRectSettings(UnsupervisedSettings):
     # ------------------------------------------------------------------ rectification of the predicting network
     rect_weight: float = option(1.0, "weight of L_Rect; 0 switches the rectifier off", low=0)
     rect_start: float = option(0.1, "fraction of the run at which L_Rect begins", low=0, high=1)
-    rect_start_iteration: int = option(0, "L_Rect begins after this iteration at the earliest (the code: 1000)", low=0)
+    rect_start_iteration: int = option(0, "L_Rect begins at this iteration at the earliest (the code: 1001)", low=0)
     rect_schedule: str = option("ramp", "course of L_Rect's weight over the run (the code: constant)")
     rect_view: str = option(
         "strong", "view that learns the rectified label (the paper: weak)", choices=("strong", "weak")
@@ -93,9 +93,21 @@ class DiffRectSettings(UnsupervisedSettings):
             raise UserError(rule, f"timesteps={self.timesteps}", "21 or more", "or set noise_schedule=cosine")
         if self.sampling_steps > self.timesteps:
             raise UserError("sampling_steps cannot exceed timesteps", self.sampling_steps, f"<= {self.timesteps}")
+        if self.rect_weight > 0 and not (self.w2g or self.s2w):
+            rule = "the rectifier must learn from somewhere"
+            raise UserError(rule, "w2g=False s2w=False", "one of them", "or set rect_weight=0")
+        if not self.w2g and "rectified" in (self.s2w_target, self.strong_guidance):
+            rule = "without w2g there is no rectified label to learn from or to compare with"
+            got = f"s2w_target={self.s2w_target} strong_guidance={self.strong_guidance}"
+            raise UserError(rule, got, "weak for both", "set s2w_target=weak strong_guidance=weak")
         if self.network == "literature" and self.deep_supervision:
             got, todo = "deep_supervision=True", "set it to False"
             raise UserError("the literature's U-Net has no deep supervision", got, "False", todo)
+
+    @property
+    def whole_batch(self) -> bool:
+        """Whether batch norm somewhere takes its statistics over labeled and unlabeled items, as in the code."""
+        return self.norm == "batch" or self.network == "literature"
 
     def sampling(self) -> Sampling:
         """Return how a latent is sampled."""

@@ -39,8 +39,10 @@ def agreement(
     dice = (2 * overlap + SMOOTH) / (total + SMOOTH)
     jaccard = (overlap + SMOOTH) / (total - overlap + SMOOTH)
     values = {"dice": dice, "jaccard": jaccard, "both": dice + jaccard}[measure]
-    counted = (total > 0).float() if present_only else torch.ones_like(total)
-    per_row = (values * counted).sum(1).flatten() / counted.sum(1).clamp_min(1).flatten()
+    present = total > 0
+    # two maps of which no voxel counts differ nowhere
+    counted = (present | ~present.any(1, keepdim=True)).float() if present_only else torch.ones_like(total)
+    per_row = (values * counted).sum(1).flatten() / counted.sum(1).flatten()
     return per_row.expand(len(a))
 
 
@@ -55,6 +57,7 @@ class RunningGuidance:
     Args:
         decay: of the average; 0 keeps the latest value.
         start: value before the first update.
+        device: where the value lies.
     """
 
     def __init__(self, decay: float = 0.0, start: float = SCALE / 2, device: torch.device | str = "cpu") -> None:

@@ -275,7 +275,7 @@ def test_the_codes_hard_loss_is_cross_entropy_plus_squared_dice(made):
 BASELINE: list[dict[str, float]] = []
 
 ABLATIONS = {
-    "no w2g": {"w2g": False},
+    "no w2g": {"w2g": False, "s2w_target": "weak", "strong_guidance": "weak"},
     "no s2w": {"s2w": False},
     "no diffusion": {"diffusion": False},
     "no guidance": {"guidance": "none"},
@@ -324,6 +324,18 @@ def test_every_switch_trains_and_makes_a_difference(made, name):
     }.get(name, set())
     added = {"loss_complementary", "loss_rect_complementary"} if "code losses" in name else set()
     assert set(rows[0]) == (set(BASELINE[0]) | added) - absent
+
+
+@pytest.mark.parametrize("rows", ["all", "own"])
+def test_latent_losses_count_all_items_or_their_own(made, rows):
+    """L_Lat-L is about labeled items, L_Lat-U about unlabeled ones; the code counts all in both."""
+    trainer, outputs = made(latent_rows=rows), []
+    trainer.rectifier.register_forward_hook(lambda _, args, out: outputs.append(out))
+    (terms,), n = steps(trainer, 1), trainer.batch_size
+    w2g, s2w, _ = outputs
+    for term, out, own in (("loss_latent_l", w2g, slice(n)), ("loss_latent_u", s2w, slice(n, None))):
+        error = (out.latent - out.target)[own] if rows == "own" else out.latent - out.target
+        assert terms[term] == pytest.approx(error.pow(2).mean().item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("switch", [{"sampler": "ddpm"}, {"clamp": True}, {"sampling_steps": 3}])
@@ -379,6 +391,15 @@ def test_the_literatures_network_reaches_the_rectifiers_shape(made):
     )
 
 
+@pytest.mark.parametrize(("chosen", "base", "width"), [(None, 32, 16), (None, 4, 4), (8, 32, 8), (None, None, 16)])
+def test_the_rectifier_is_half_as_wide_as_the_plan_or_as_set(chosen, base, width):
+    """Without a plan's features, as beside the literature's network, it has the code's width."""
+    planned = {"strides": [[1, 1], [2, 2]], "kernel_sizes": [[3, 3]] * 2, "features_per_stage": [base]}
+    architecture = {"arch_kwargs": planned if base else {"ndim": 2}}
+    settings = DiffRectSettings(rectifier_width=chosen)
+    assert rectifier_shape(settings, architecture, (32, 32), 1, 3, 3).width == width
+
+
 def test_adapting_plans_twice_changes_nothing(toy):
     plans = json.loads((toy.preprocessed / "toy2d.json").read_text())
     untouched = copy.deepcopy(plans)
@@ -427,6 +448,9 @@ def test_without_a_rectifier_there_is_no_second_branch(made):
         ({"pl_threshold": 1.0}, ("pl_threshold", "0.999")),
         ({"rect_start": 1.5}, ("rect_start", "0 to 1")),
         ({"timesteps": 1}, ("timesteps", "2 to inf")),
+        ({"w2g": False, "s2w": False, "s2w_target": "weak", "strong_guidance": "weak"}, ("rectifier", "rect_weight=0")),
+        ({"w2g": False}, ("without w2g", "s2w_target=weak")),
+        ({"w2g": False, "s2w_target": "weak"}, ("without w2g", "strong_guidance=weak")),
     ],
 )
 def test_refusals_name_the_setting_and_what_is_allowed(values, words):

@@ -102,3 +102,12 @@ def test_running_guidance_continues_from_its_state():
     for running in (first, second):
         running.update(torch.tensor([100.0]))
     assert first.expand(1).item() == second.expand(1).item() == pytest.approx(0.5 * 20 + 0.5 * 100)
+
+
+def test_maps_without_a_voxel_that_counts_differ_nowhere():
+    maps = torch.zeros(2, 3, 4, 4)
+    maps[:, 1] = 1
+    other = maps.roll(1, 1)
+    valid = torch.zeros(2, 1, 4, 4, dtype=torch.bool)
+    valid[1] = True
+    assert agreement(maps, other, "dice", valid).tolist() == pytest.approx([1.0, 0.0], abs=1e-4)
