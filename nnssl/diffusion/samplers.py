@@ -38,16 +38,12 @@ def ddim_sample(
         timesteps: time steps to visit, ascending.
         schedule: the noise schedule.
     """
-    y, x0 = start, start
-    for index in reversed(range(len(timesteps))):
-        t = torch.full((len(y),), timesteps[index], device=y.device)
-        x0 = model(y, t)
-        if index == 0:
-            break
-        noise = predict_noise(y, t, x0, schedule)
-        previous = schedule.at(torch.full_like(t, timesteps[index - 1]), y)
-        y = previous.sqrt() * x0 + (1 - previous).sqrt() * noise
-    return x0
+
+    def step(y: Tensor, x0: Tensor, t: Tensor, before: Tensor) -> Tensor:
+        noise, previous = predict_noise(y, t, x0, schedule), schedule.at(before, y)
+        return previous.sqrt() * x0 + (1 - previous).sqrt() * noise
+
+    return _walk(model, start, timesteps, step)
 
 
 @torch.no_grad()
@@ -70,14 +66,27 @@ def ddpm_sample(
     Returns:
         The model's last x0.
     """
+
+    def step(y: Tensor, x0: Tensor, t: Tensor, before: Tensor) -> Tensor:
+        now, previous = schedule.at(t, y), schedule.at(before, y)
+        beta = 1 - now / previous
+        mean = previous.sqrt() * beta / (1 - now) * x0 + (1 - beta).sqrt() * (1 - previous) / (1 - now) * y
+        return mean + (beta * (1 - previous) / (1 - now)).sqrt() * torch.randn_like(y)
+
+    return _walk(model, start, timesteps, step)
+
+
+def _walk(
+    model: Callable[[Tensor, Tensor], Tensor],
+    start: Tensor,
+    timesteps: Sequence[int],
+    step: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor],
+) -> Tensor:
+    """Visit time steps downward and return the model's last x0; ``step(y, x0, t, before)`` leads to the next one."""
     y, x0 = start, start
     for index in reversed(range(len(timesteps))):
         t = torch.full((len(y),), timesteps[index], device=y.device)
         x0 = model(y, t)
-        if index == 0:
-            break
-        now, previous = schedule.at(t, y), schedule.at(torch.full_like(t, timesteps[index - 1]), y)
-        beta = 1 - now / previous
-        mean = previous.sqrt() * beta / (1 - now) * x0 + (1 - beta).sqrt() * (1 - previous) / (1 - now) * y
-        y = mean + (beta * (1 - previous) / (1 - now)).sqrt() * torch.randn_like(y)
+        if index > 0:
+            y = step(y, x0, t, torch.full_like(t, timesteps[index - 1]))
     return x0
