@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -31,8 +31,8 @@ SLOPE = 0.01
 LEVELS = 5
 DROPOUT = (0.05, 0.1, 0.2, 0.3, 0.5)
 
-Norm = Literal["batch", "instance", "group"]
-Conditioning = Literal["none", "film", "additive"]
+STYLE_NORMS = ("batch", "instance", "group")
+CONDITIONINGS = ("none", "film", "additive")
 
 
 @dataclass(frozen=True)
@@ -44,13 +44,18 @@ class Style:
         norm: normalization; "group" for maps that get too small for statistics of one channel.
         conditioning: "film" after each norm; "additive" as in DiffRect's code, after the first non-linearity, which
             only a batch norm lets through (an instance norm removes a channel's constant); or "none".
+
+    Raises:
+        ValueError: an unknown norm or conditioning, or an added embedding without batch norm.
     """
 
     ndim: int
-    norm: Norm = "instance"
-    conditioning: Conditioning = "none"
+    norm: str = "instance"
+    conditioning: str = "none"
 
     def __post_init__(self) -> None:
+        if self.norm not in STYLE_NORMS or self.conditioning not in CONDITIONINGS:
+            raise ValueError(f"unknown norm {self.norm!r} or conditioning {self.conditioning!r}")
         if self.conditioning == "additive" and self.norm != "batch":
             raise ValueError("an added embedding survives batch normalization only; take film")
 
@@ -229,7 +234,7 @@ class LiteratureUNet(nn.Module):
         num_classes: int,
         ndim: int = 2,
         width: int = 16,
-        norm: Norm = "batch",
+        norm: str = "batch",
         deep_supervision: bool = False,
     ) -> None:
         super().__init__()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,16 @@ MAX_DEPTH = 4
 MIN_POOLED = 4
 #: Widths of the denoiser's two levels, in units of the latent's.
 DENOISER_WIDTHS = (1.5, 2.0)
+#: What the named parts of a rectifier may be.
+CHOICES = {
+    "norm": ("instance", "batch"),
+    "conditioning": ("film", "additive"),
+    "context": ("both", "label"),
+    "fusion": ("add", "concat"),
+    "inject": ("input", "skip"),
+}
+SCHEDULES = {"cosine": NoiseSchedule.cosine, "linear": NoiseSchedule.scaled_linear}
+SAMPLERS = {"ddim": ddim_sample, "ddpm": ddpm_sample}
 
 
 @dataclass(frozen=True)
@@ -50,7 +60,10 @@ class RectifierShape:
         inject: whether the condition reaches the denoiser's input, or its last skip only.
         diffusion: whether there is a denoiser (LFR); without it the decoder reads the context's latent.
         timesteps: T of the diffusion.
-        schedule: "cosine" or "linear".
+        schedule: a key of `SCHEDULES`.
+
+    Raises:
+        ValueError: a part has a name that is not among `CHOICES`.
     """
 
     image_channels: int
@@ -60,16 +73,21 @@ class RectifierShape:
     strides: tuple[tuple[int, ...], ...]
     kernels: tuple[tuple[int, ...], ...]
     width: int = 16
-    norm: Literal["batch", "instance"] = "instance"
-    conditioning: Literal["film", "additive"] = "film"
+    norm: str = "instance"
+    conditioning: str = "film"
     dropout: bool = True
-    context: Literal["both", "label"] = "both"
-    fusion: Literal["add", "concat"] = "add"
+    context: str = "both"
+    fusion: str = "add"
     skips: bool = True
-    inject: Literal["input", "skip"] = "input"
+    inject: str = "input"
     diffusion: bool = True
     timesteps: int = 10
-    schedule: Literal["cosine", "linear"] = "cosine"
+    schedule: str = "cosine"
+
+    def __post_init__(self) -> None:
+        for name, allowed in CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} is one of {allowed}, got {getattr(self, name)!r}")
 
 
 class Rectified(NamedTuple):
@@ -98,9 +116,7 @@ class Rectifier(nn.Module):
             self.fusers = nn.ModuleList(CONV[style.ndim](2 * w, w, 1) for w in widths)
         self.decoder = Decoder(style, widths, shape.kernels, shape.num_classes, shape.skips)
         self.denoiser = Denoiser(style, widths[-1], latent_size(shape), shape.inject) if shape.diffusion else None
-        cosine = shape.schedule == "cosine"
-        steps = shape.timesteps
-        self.noise = NoiseSchedule.cosine(steps) if cosine else NoiseSchedule.scaled_linear(steps)
+        self.noise = SCHEDULES[shape.schedule](shape.timesteps)
 
     def forward(
         self,
@@ -152,15 +168,14 @@ class Rectifier(nn.Module):
             return estimate.clamp(-1, 1) if sampling.clamp else estimate
 
         steps = spaced_timesteps(self.noise.steps, sampling.steps)
-        sampler = ddim_sample if sampling.sampler == "ddim" else ddpm_sample
-        return sampler(x0, noise.float(), steps, self.noise)
+        return SAMPLERS[sampling.sampler](x0, noise.float(), steps, self.noise)
 
 
 class Sampling(NamedTuple):
-    """How a latent is sampled: number of steps, sampler, and whether each estimate is clamped to -1..1."""
+    """How a latent is sampled: number of steps, key of `SAMPLERS`, and whether each estimate is clamped to -1..1."""
 
     steps: int = 2
-    sampler: Literal["ddim", "ddpm"] = "ddim"
+    sampler: str = "ddim"
     clamp: bool = False
 
 

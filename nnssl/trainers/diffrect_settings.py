@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nnssl.errors import UserError
-from nnssl.networks.rectifier import RectifierShape, Sampling, rectifier_levels
+from nnssl.networks.rectifier import CHOICES, SAMPLERS, SCHEDULES, RectifierShape, Sampling, rectifier_levels
 from nnssl.trainers.settings import UnsupervisedSettings, option
 from nnssl.training.coloring import SCHEMES
 from nnssl.training.guidance import MEASURES
@@ -57,18 +57,18 @@ class DiffRectSettings(UnsupervisedSettings):
     strong_guidance: str = option(
         "rectified", "map the strong label is compared with (the paper: weak)", choices=("rectified", "weak")
     )
-    conditioning: str = option("film", "how tau and t enter the rectifier", choices=("film", "additive"))
-    norm: str = option("instance", "norm of the rectifier", choices=("instance", "batch"))
-    context: str = option("both", "what the label's encoder sees (the paper: label)", choices=("both", "label"))
-    fusion: str = option("add", "how image and label features join (the paper: concat)", choices=("add", "concat"))
+    conditioning: str = option("film", "how tau and t enter the rectifier", choices=CHOICES["conditioning"])
+    norm: str = option("instance", "norm of the rectifier", choices=CHOICES["norm"])
+    context: str = option("both", "what the label's encoder sees (the paper: label)", choices=CHOICES["context"])
+    fusion: str = option("add", "how image and label features join (the paper: concat)", choices=CHOICES["fusion"])
     # ------------------------------------------------------------------ latent feature rectification (LFR)
     diffusion: bool = option(True, "latent denoiser (LFR); without it the rectifier is a plain U-Net")
     timesteps: int = option(10, "T of the diffusion", low=2)
-    noise_schedule: str = option("cosine", "noise schedule", choices=("cosine", "linear"))
-    sampler: str = option("ddim", "sampler (the paper prints ddpm)", choices=("ddim", "ddpm"))
+    noise_schedule: str = option("cosine", "noise schedule", choices=tuple(SCHEDULES))
+    sampler: str = option("ddim", "sampler (the paper prints ddpm)", choices=tuple(SAMPLERS))
     sampling_steps: int = option(2, "steps of a sampling", low=1)
     clamp: bool = option(False, "clamp sampled latents to -1..1 (the code: true)")
-    inject: str = option("input", "where the condition enters the denoiser (the code: skip)", choices=("input", "skip"))
+    inject: str = option("input", "where the condition enters the denoiser (the code: skip)", choices=CHOICES["inject"])
     skips: bool = option(True, "the label decoder sees the finer levels (the paper draws none)")
     s2w: bool = option(True, "strong-to-weak transportation")
     w2g: bool = option(True, "weak-to-ground-truth transportation")
@@ -111,7 +111,7 @@ class DiffRectSettings(UnsupervisedSettings):
 
     def sampling(self) -> Sampling:
         """Return how a latent is sampled."""
-        return Sampling(self.sampling_steps, self.sampler, self.clamp)  # type: ignore[arg-type]
+        return Sampling(self.sampling_steps, self.sampler, self.clamp)
 
 
 def segmentation_architecture(plans: dict, configuration: str, settings: DiffRectSettings) -> None:
@@ -164,13 +164,13 @@ def rectifier_shape(
         kernels,
         width=settings.rectifier_width
         or max(MIN_WIDTH, kwargs["features_per_stage"][0] // 2 if planned else LITERATURE_WIDTH),
-        norm=settings.norm,  # type: ignore[arg-type]
-        conditioning=settings.conditioning,  # type: ignore[arg-type]
-        context=settings.context,  # type: ignore[arg-type]
-        fusion=settings.fusion,  # type: ignore[arg-type]
+        norm=settings.norm,
+        conditioning=settings.conditioning,
+        context=settings.context,
+        fusion=settings.fusion,
         skips=settings.skips,
-        inject=settings.inject,  # type: ignore[arg-type]
+        inject=settings.inject,
         diffusion=settings.diffusion,
         timesteps=settings.timesteps,
-        schedule=settings.noise_schedule,  # type: ignore[arg-type]
+        schedule=settings.noise_schedule,
     )

@@ -362,3 +362,15 @@ def test_the_linear_schedule_takes_its_own_number_of_steps():
     for t, beta in enumerate(betas):
         left *= 1 - beta
         assert float(rectifier.noise.alpha_bar[t]) == pytest.approx(left, rel=1e-5)
+
+
+@pytest.mark.parametrize("part", ["norm", "conditioning", "context", "fusion", "inject"])
+def test_an_unknown_part_is_refused_by_name(part):
+    with pytest.raises(ValueError, match=f"{part} is one of .* got 'other'"):
+        make(**{part: "other"})
+
+
+@pytest.mark.parametrize("style", [{"norm": "layer"}, {"conditioning": "hyper"}])
+def test_a_style_knows_its_norms_and_conditionings(style):
+    with pytest.raises(ValueError, match="unknown"):
+        Style(2, **style)
