@@ -32,11 +32,16 @@ def finish(command: str, folder: Path, set_aside: dict[str, str], subset: bool =
         subset: the next step is to draw a subset, since every case is labeled.
     """
     from nnssl.dataset_conversion.base import summary_line
+    from nnssl.layout import RawDataset
+    from nnssl.plans.domains import Domains, count_by_domain
 
     for name, reason in sorted(set_aside.items()):
         print(f"{command}: set aside: {name}: {reason}", file=sys.stderr)
     aside = f"; {len(set_aside)} set aside (listed above)" if set_aside else ""
     print(f"{command}: {summary_line(folder)}{aside}")
+    dataset = RawDataset.load(folder)
+    if (domains := Domains.of(dataset)).names:
+        print(f"domains: {count_by_domain(dataset, domains)}")
     dataset_id = int(folder.name[7:10])
     if subset:
         print(f"next: nnssl_make_subset -d {dataset_id} -o NEW_ID --labeled N (or --published NAME)")

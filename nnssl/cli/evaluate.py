@@ -26,7 +26,7 @@ def build_parser() -> argparse.ArgumentParser:
         "-djfile",
         type=Path,
         metavar="FILE",
-        help="dataset.json with the labels (default: the one in -pred, else the values in the references)",
+        help="dataset.json with the labels and domains (default: the one in -pred, else the values in the references)",
     )
     parser.add_argument(
         "--protocol",
@@ -50,16 +50,17 @@ def execute(args: argparse.Namespace) -> int:
     _check(args)
     from nnssl.evaluation.compare import compare
     from nnssl.evaluation.evaluate import evaluate_folders
-    from nnssl.evaluation.labels import LabelSet
+    from nnssl.evaluation.labels import LabelSet, read_domains
     from nnssl.evaluation.masks import match_masks
     from nnssl.evaluation.report import comparison_table, result_table, write_files
 
     labels = None if args.djfile is None else LabelSet.from_dataset_json(args.djfile)
+    domains = None if args.djfile is None else read_domains(args.djfile)
     for folder in args.pred:  # a gap in the last folder must not show after an hour on the first
         match_masks(args.ref, folder)
     results = {}
     for name, folder in zip(_names(args.pred), args.pred, strict=True):
-        results[name] = evaluate_folders(args.ref, folder, labels, args.protocol, args.nsd_tolerance, args.np)
+        results[name] = evaluate_folders(args.ref, folder, labels, args.protocol, args.nsd_tolerance, args.np, domains)
     _require_same_classes(results)
     comparison = compare(results) if len(results) > 1 else []
     files = _files(args, results, comparison)

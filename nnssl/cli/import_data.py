@@ -26,7 +26,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--label_names", nargs="+", help="names of the label values 1, 2, ... (default label1 ...)")
     parser.add_argument("--label_map", help="old:new label values, e.g. 1:1,2:1; 0 drops a class")
     parser.add_argument("--patient_pattern", help="regular expression; its group is the patient, e.g. '(patient\\d+)_'")
-    parser.add_argument("--domains", type=Path, help="CSV with lines CASE,DOMAIN (scanner, site, ...)")
+    parser.add_argument("--domains", type=Path, help="CSV: CASE,DOMAIN[,MODALITY] (scanner, site, ...)")
     parser.add_argument("--link", action="store_true", help="link files that need no conversion instead of copying")
     parser.add_argument("-np", dest="num_processes", type=int, help="processes (default: nnUNet_def_n_proc or cores)")
     return parser

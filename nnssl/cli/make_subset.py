@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import re
 import shlex
 import sys
 from collections.abc import Sequence
+from fractions import Fraction
 from pathlib import Path
 
 from nnssl.cli._common import run_command
@@ -22,9 +24,18 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("-o", dest="dataset_id", type=int, required=True, help="id of the new data set, 1 to 999")
     parser.add_argument("-n", dest="name", help="name of the new data set (default: SOURCE_labeledN)")
     which = parser.add_mutually_exclusive_group(required=True)
-    which.add_argument("--labeled", type=int, metavar="N", help="number of labeled patients, drawn by --seed (nested)")
+    which.add_argument("--labeled", metavar="N|all", help="number of labeled patients, drawn by --seed (nested)")
+    which.add_argument(
+        "--labeled_per_domain", metavar="N|P%", help="labeled patients of each labeled domain, or a share, rounded up"
+    )
     which.add_argument("--labeled_ids", type=Path, metavar="FILE", help="labeled ids")
     which.add_argument("--published", metavar="NAME", help="published protocol, e.g. LA-4 or ACDC-7")
+    parser.add_argument(
+        "--labeled_domains", nargs="+", metavar="DOMAIN", help="labels come from these domains only (default: all)"
+    )
+    parser.add_argument(
+        "--unseen_domains", nargs="+", default=[], metavar="DOMAIN", help="domains that become test cases as a whole"
+    )
     parser.add_argument("--val_ids", type=Path, metavar="FILE", help="ids for imagesVal, watched only")
     parser.add_argument("--test_ids", type=Path, metavar="FILE", help="ids for imagesTs")
     parser.add_argument("--label_map", help="old:new label values, e.g. 1:1,2:1; 0 drops a class")
@@ -45,7 +56,10 @@ def execute(args: argparse.Namespace) -> int:
     from nnssl.plans.verify import listed
 
     request = SubsetRequest(
-        labeled=args.labeled,
+        labeled="all" if args.labeled == "all" else read_count("--labeled", args.labeled, "N|all"),
+        labeled_per_domain=read_share("--labeled_per_domain", args.labeled_per_domain),
+        labeled_domains=tuple(dict.fromkeys(args.labeled_domains)) if args.labeled_domains else None,
+        unseen_domains=tuple(dict.fromkeys(args.unseen_domains)),
         labeled_ids=read_ids(args.labeled_ids),
         val_ids=read_ids(args.val_ids),
         test_ids=read_ids(args.test_ids),
@@ -65,6 +79,24 @@ def execute(args: argparse.Namespace) -> int:
         print(f"in no role, left out: {len(selection.left_out)} cases: {listed(selection.left_out)}")
     finish("nnssl_make_subset", folder, {})
     return 0
+
+
+def read_count(option: str, text: str | None, form: str) -> int | None:
+    """Read a whole number."""
+    if text is None:
+        return None
+    if not re.fullmatch(r"\d+", text):
+        raise UserError(f"{option} is a number of patients", repr(text), form, f"mend {option}")
+    return int(text)
+
+
+def read_share(option: str, text: str | None) -> int | Fraction | None:
+    """Read a whole number, or a percentage such as ``5%`` or ``2.5%``."""
+    if text is None or not (match := re.fullmatch(r"(\d+(?:\.\d+)?)%", text)):
+        return read_count(option, text, "N, or P% of the domain's labeled patients")
+    if not 0 < (share := Fraction(match[1]) / 100) <= 1:
+        raise UserError(f"{option} takes a share of a domain", text, "more than 0%, at most 100%", f"mend {option}")
+    return share
 
 
 def read_ids(path: Path | None) -> tuple[str, ...] | None:

@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -22,6 +22,7 @@ from nnssl.dataset_conversion.labels import map_values, whole_values
 from nnssl.errors import UserError
 from nnssl.imageio import ImageReadError, read_array, read_image, split_ending, write_image, write_label
 from nnssl.layout import IMAGE_FOLDERS, RawDataset, variable
+from nnssl.plans.domains import DOMAIN_KEYS, Domains
 from nnssl.plans.parallel import Workers
 from nnssl.plans.verify import Verified, listed, verify_raw_dataset
 
@@ -161,6 +162,9 @@ class RawDatasetWriter:
         for case in verified.set_aside.keys() & unlabeled.keys():
             for path in unlabeled[case]:
                 path.unlink()
+        remaining = {case for folder in IMAGE_FOLDERS for case in dataset.cases(folder)}
+        domains = Domains.from_json({"nnssl": {key: settings.pop(key, {}) for key in DOMAIN_KEYS}})
+        settings.update(domains.restricted_to(remaining).to_json())
         if verified.set_aside:
             settings["set_aside"] = dict(sorted(verified.set_aside.items()))
         write_json(self.temporary / "dataset.json", dataset.json)
@@ -228,17 +232,31 @@ def new_dataset_folder(dataset_id: int, name: str) -> Path:
 
 
 def check_patients_and_domains(dataset: RawDataset) -> None:
-    """Refuse a patient pattern that misses a case, and domains of cases that do not exist.
+    """Refuse a patient pattern that misses a case, domains of cases that do not exist, and cases without a domain.
 
     Raises:
-        UserError: naming the pattern, or the unknown cases.
+        UserError: naming the pattern, or the cases.
     """
     known = {case for folder in IMAGE_FOLDERS for case in dataset.cases(folder)}
     for case in sorted(known):
         dataset.patient(case)
-    domains = dataset.nnssl.get("domains", {})
-    if unknown := sorted(domains.keys() - known):
+    check_domains(Domains.from_json(dataset.json), known)
+
+
+def check_domains(domains: Domains, cases: Collection[str], absent: Collection[str] = ()) -> None:
+    """Refuse domains of cases that do not exist, and cases without one where others have one.
+
+    Args:
+        domains: as given.
+        cases: the cases of the data set.
+        absent: cases that were left out of it; they may have a domain.
+
+    Raises:
+        UserError: naming the cases.
+    """
+    if unknown := sorted(domains.of_case.keys() - set(cases) - set(absent)):
         raise UserError("domains are given for cases of the data set", listed(unknown), None, "mend the case ids")
+    domains.require_all(cases)
 
 
 def summary_line(folder: Path) -> str:

@@ -10,10 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nnssl.dataset_conversion.base import Case, RawDatasetWriter, Source
+from nnssl.dataset_conversion.base import Case, RawDatasetWriter, Source, check_domains
 from nnssl.dataset_conversion.labels import label_names
 from nnssl.errors import UserError
 from nnssl.imageio import ENDINGS, ImageReadError, read_array, split_ending
+from nnssl.plans.domains import Domains, channels_by_themselves
 from nnssl.plans.verify import listed, misnumbered
 
 _IGNORED = (".raw", ".zraw", ".img")  # data files that belong to a header file beside them
@@ -32,7 +33,7 @@ class FolderImport:
         label_names: names of the values 1, 2, ... after mapping.
         label_map: old value -> new value.
         patient_pattern: regular expression with one group that finds the patient in a case id.
-        domains: CSV with the columns case, domain.
+        domains: CSV with the columns case, domain and, optionally, the modality of the domain.
         link: symbolic links instead of copies.
     """
 
@@ -87,7 +88,11 @@ def import_folders(dataset_id: int, name: str, request: FolderImport, num_proces
     if request.link:
         _say_what_is_converted([*labeled.files(), *unlabeled.files(), *test.files()], ending)
     channels = _channel_names(request.channels, next(iter(labeled.cases.values())))  # before hours of copying
-    domains = read_domains(request.domains) if request.domains else None
+    domains = read_domains(request.domains) if request.domains else Domains()
+    check_domains(domains, {*labeled.cases, *unlabeled.cases, *test.cases}, aside)
+    channels, note = channels_by_themselves(channels, domains)
+    if note:
+        warnings.warn(note, stacklevel=2)
     with RawDatasetWriter(dataset_id, name, ending, request.link) as writer:
         cases = [_case(n, p, "imagesTr", labels[n]) for n, p in labeled.cases.items()]
         cases += [_case(n, p, "imagesUn") for n, p in unlabeled.cases.items()]
@@ -97,8 +102,8 @@ def import_folders(dataset_id: int, name: str, request: FolderImport, num_proces
         settings: dict[str, Any] = {"set_aside": aside} if aside else {}
         if pattern:
             settings["patient_pattern"] = pattern
-        if domains is not None:
-            settings["domains"] = domains
+        present = {key.partition("/")[2] for key, w in written.items() if not w.left_out}
+        settings |= domains.restricted_to(present).to_json()
         values = {v for w in written.values() for v in w.label_values}
         names = list(request.label_names) if request.label_names else None
         dataset_json = {
@@ -139,17 +144,30 @@ def find_cases(folder: Path) -> FoundFolder:
     return found
 
 
-def read_domains(path: Path) -> dict[str, str]:
-    """Read a CSV with the columns case and domain; a first line ``case,domain`` is a header."""
+def read_domains(path: Path) -> Domains:
+    """Read a CSV with the columns case, domain and, if wanted, modality; a first line ``case,...`` is a header.
+
+    Raises:
+        UserError: if a line has another form, or two lines contradict each other.
+    """
+    form = "lines CASE,DOMAIN or CASE,DOMAIN,MODALITY"
     try:
         with Path(path).open(newline="", encoding="utf-8-sig") as stream:
             rows = [[cell.strip() for cell in row] for row in csv.reader(stream) if any(row)]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError("--domains names a CSV file", error, "lines CASE,DOMAIN", "check the path") from error
-    bad = [",".join(row) for row in rows if len(row) != 2 or not all(row)]
-    if bad:
-        raise UserError("every line of --domains is CASE,DOMAIN", repr(bad[0]), None, f"mend {path}")
-    return dict(rows[1:] if rows and rows[0][0].lower() == "case" else rows)
+        raise UserError("--domains names a CSV file", error, form, "check the path") from error
+    rows = rows[1:] if rows and rows[0][0].lower() == "case" else rows
+    for row in rows:
+        if len(row) not in (2, 3) or len(row) != len(rows[0]) or not all(row):
+            raise UserError("every line of --domains has one form", repr(",".join(row)), form, f"mend {path}")
+    domains = Domains(dict(row[:2] for row in rows), {row[1]: row[2] for row in rows if len(row) == 3})
+    for case, domain, *modality in rows:
+        if domains.of_case[case] != domain:
+            raise UserError("a case has one domain", f"two for {case}", None, f"mend {path}")
+        if modality and domains.modalities[domain] != modality[0]:
+            got = f"{modality[0]} and {domains.modalities[domain]} for {domain}"
+            raise UserError("a domain has one modality", got, None, f"mend {path}, or make two domains of it")
+    return domains
 
 
 def _find_all(request: FolderImport) -> tuple[FoundFolder, FoundFolder, FoundFolder]:

@@ -14,7 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from nnssl.errors import UserError
-from nnssl.evaluation.labels import LabelSet, label_values
+from nnssl.evaluation.labels import LabelSet, label_values, read_domains
 from nnssl.evaluation.masks import match_masks, read_mask, require_same_geometry
 from nnssl.evaluation.metrics import Emptiness, emptiness
 from nnssl.evaluation.protocols import CaseMetrics, Protocol, get_protocol
@@ -28,6 +28,7 @@ def evaluate_folders(
     protocol: str = "mm",
     nsd_tolerance_mm: float = 1.0,
     num_processes: int | None = None,
+    domains: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """Measure every case of ``reference`` in ``prediction``, matched by file name.
 
@@ -39,6 +40,8 @@ def evaluate_folders(
         protocol: ``mm`` or one of the ``literature-*`` protocols.
         nsd_tolerance_mm: tolerance of the normalized surface Dice.
         num_processes: worker processes (1: none). Default: nnUNet_def_n_proc, else at most 8.
+        domains: domain of each case (:func:`nnssl.evaluation.labels.read_domains`). Default: those of the
+            ``dataset.json`` that the labels are taken from by default.
 
     Returns:
         Plain JSON data without NaN (None where a value is undefined): ``protocol``, ``unit``, ``metrics``,
@@ -46,7 +49,8 @@ def evaluate_folders(
         ``cases`` {case: {class: {metric: value}}}; ``mean``, ``std`` and ``count`` over cases {class: {metric: value}};
         ``foreground_mean`` {metric: mean over classes of the class means} (nnU-Net's convention);
         ``case_foreground`` {case: {metric: mean over the classes not excluded}} with ``foreground_mean_over_cases`` and
-        ``foreground_std_over_cases``; ``empty`` {class: {"both_empty": n, "one_empty": n, "cases": {case: which}}}.
+        ``foreground_std_over_cases``; ``empty`` {class: {"both_empty": n, "one_empty": n, "cases": {case: which}}};
+        ``domains`` {domain: {"cases": [...], and ``mean`` to ``empty`` as above over the domain's cases}}.
 
     Raises:
         UserError: if a prediction is missing, lies on another grid, or holds labels that dataset.json does not know.
@@ -57,6 +61,9 @@ def evaluate_folders(
     processes = default_processes() if num_processes is None else num_processes
     if processes < 1:
         raise UserError("-np must be a number of processes", processes, "1 or more")
+    own = Path(prediction) / "dataset.json"
+    if domains is None:
+        domains = read_domains(own) if labels is None and own.is_file() else {}
     pairs, extra = match_masks(Path(reference), Path(prediction))
     with _workers(min(processes, len(pairs))) as mapper:
         label_set, notes = resolve_labels(labels, Path(prediction), [path for path, _ in pairs.values()], mapper)
@@ -65,6 +72,9 @@ def evaluate_folders(
     if extra:
         notes.append(f"{len(extra)} predictions without a reference were left out, the first is {extra[0]}")
     notes += _notes_on_unknown(scores)
+    by_domain = _by_domain(scores, domains)
+    if by_domain and (without := [score.case for score in scores if score.case not in domains]):
+        notes.append(f"{len(without)} cases have no domain, the first is {without[0]}")
     head = {
         "protocol": chosen.name,
         "unit": chosen.unit if chosen.unit != "mm" or all(s.has_spacing for s in scores) else "px",
@@ -76,7 +86,8 @@ def evaluate_folders(
         "prediction": str(prediction),
         "notes": [*chosen.notes, *notes],
     }
-    return head | _aggregate(scores, list(label_set.classes), chosen)
+    names = list(label_set.classes)
+    return head | _aggregate(scores, names, chosen) | {"domains": _each_domain(by_domain, names, chosen)}
 
 
 def resolve_labels(
@@ -191,6 +202,24 @@ def _aggregate(scores: list[_Score], names: list[str], protocol: Protocol) -> di
         "foreground_std_over_cases": {m: _std(v) for m, v in over_cases.items()},
         "empty": {n: _count_empty(scores, n) for n in names},
     }
+
+
+def _by_domain(scores: list[_Score], domains: Mapping[str, str]) -> dict[str, list[_Score]]:
+    groups: dict[str, list[_Score]] = {}
+    for score in scores:
+        if score.case in domains:
+            groups.setdefault(domains[score.case], []).append(score)
+    return groups
+
+
+def _each_domain(by_domain: dict[str, list[_Score]], names: list[str], protocol: Protocol) -> dict[str, Any]:
+    """Return the aggregates of each domain, without the values of single cases, which stand above."""
+    result = {}
+    for domain, scores in sorted(by_domain.items()):
+        over = _aggregate(scores, names, protocol)
+        result[domain] = over | {"cases": [score.case for score in scores]}
+        del result[domain]["case_foreground"]
+    return result
 
 
 def _count_empty(scores: list[_Score], name: str) -> dict[str, Any]:

@@ -6,10 +6,12 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from nnssl.errors import UserError
+from nnssl.plans.domains import Domains
 
 
 @dataclass(frozen=True)
@@ -46,13 +48,7 @@ class LabelSet:
     @classmethod
     def from_dataset_json(cls, path: Path) -> LabelSet:
         """Read the labels of a dataset.json; a mask with a value that is not in it is then an error."""
-        try:
-            block = json.loads(Path(path).read_text(encoding="utf-8"))["labels"]
-        except OSError as error:
-            raise UserError("-djfile must name a readable dataset.json", path) from error
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise UserError("dataset.json must hold a block 'labels'", path, None, "repair the file") from error
-        return cls.from_block(block, str(path), closed=True)
+        return cls.from_block(_load(path)["labels"], str(path), closed=True)
 
     @classmethod
     def from_values(cls, values: Iterable[int]) -> LabelSet:
@@ -79,6 +75,11 @@ class LabelSet:
         return {name: v[0] if len(v) == 1 else list(v) for name, v in self.classes.items()}
 
 
+def read_domains(path: Path) -> dict[str, str]:
+    """Return the domain of each case that a dataset.json names (block ``nnssl``); empty if it names none."""
+    return Domains.from_json(_load(path)).of_case
+
+
 def label_values(array: np.ndarray) -> list[int]:
     """Return the sorted values of a label map."""
     if array.min() < 0 or array.max() >= 2**16:
@@ -86,6 +87,19 @@ def label_values(array: np.ndarray) -> list[int]:
     present = np.zeros(2**16, bool)  # many times faster than sorting the voxels
     present[array] = True
     return np.flatnonzero(present).tolist()
+
+
+def _load(path: Path) -> dict[str, Any]:
+    """Read a dataset.json that holds a block ``labels``."""
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError("-djfile must name a readable dataset.json", path) from error
+    except json.JSONDecodeError:
+        content = None
+    if not isinstance(content, dict) or not isinstance(content.get("labels"), dict):
+        raise UserError("dataset.json must hold a block 'labels'", path, None, "repair the file")
+    return content
 
 
 def _values(name: object, value: object, source: str) -> tuple[int, ...]:

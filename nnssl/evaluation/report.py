@@ -19,7 +19,7 @@ _DISTANCES = ("hd95", "assd", "asd")
 
 
 def result_table(result: Mapping[str, Any]) -> str:
-    """Return the table of one evaluation: mean ± standard deviation over cases, per class and for the foreground."""
+    """Return the table of one evaluation: mean ± standard deviation over cases, per class, foreground and domain."""
     metrics = result["metrics"]
     head = ["class", *(_title(m, result) for m in metrics), "n", "both empty", "one empty"]
     rows = [head]
@@ -31,6 +31,9 @@ def result_table(result: Mapping[str, Any]) -> str:
     rows.append(["mean of classes", *(_cell(m, result["foreground_mean"][m], None) for m in metrics), "", "", ""])
     over_cases = zip(metrics, *(_row(result, f"foreground_{k}_over_cases") for k in ("mean", "std")), strict=True)
     rows.append(["mean of cases", *(_cell(*cell) for cell in over_cases), str(len(result["cases"])), "", ""])
+    for domain, over in result["domains"].items():
+        cells = [_cell(m, over["foreground_mean"][m], None) for m in metrics]
+        rows.append([f"mean of classes, domain {domain}", *cells, str(len(over["cases"])), "", ""])
     title = f"{result['prediction']}: {len(result['cases'])} cases, protocol {result['protocol']}"
     return "\n".join([title, _align(rows), *(f"note: {note}" for note in result["notes"])])
 
@@ -51,16 +54,22 @@ def comparison_table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def as_csv(results: Mapping[str, Mapping[str, Any]]) -> str:
-    """Return one row per prediction, case and class; undefined values are empty cells."""
+    """Return one row per prediction, case and class; undefined values are empty cells.
+
+    If a case has a domain, there is a column of domains.
+    """
     metrics = next(iter(results.values()))["metrics"]
+    homes = {n: {c: d for d, over in r["domains"].items() for c in over["cases"]} for n, r in results.items()}
+    extra = ["domain"] if any(homes.values()) else []
     buffer = io.StringIO(newline="")
     writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(["prediction", "case", "class", *metrics, "empty"])
+    writer.writerow(["prediction", "case", *extra, "class", *metrics, "empty"])
     for name, result in results.items():
         for case, by_class in result["cases"].items():
             for label, values in by_class.items():
                 empty = result["empty"][label]["cases"].get(case, "")
-                writer.writerow([name, case, label, *("" if values[m] is None else values[m] for m in metrics), empty])
+                numbers = ["" if values[m] is None else values[m] for m in metrics]
+                writer.writerow([name, case, *(homes[name].get(case, "") for _ in extra), label, *numbers, empty])
     return buffer.getvalue()
 
 

@@ -24,7 +24,7 @@ SUFFIXES = {"labeled": "", "unlabeled": "_unlabeled", "monitoring": "_monitoring
 #: Where a part's cases and hashes are recorded in the manifest.
 CASE_KEYS = {"labeled": "labeled", "unlabeled": "cases", "monitoring": "monitoring"}
 #: nnU-Net's normalizations that ignore the intensity statistics of the plan.
-_NORMALIZATIONS_WITHOUT_STATISTICS = frozenset(
+NORMALIZATIONS_WITHOUT_STATISTICS = frozenset(
     {"ZScoreNormalization", "NoNormalization", "RescaleTo01Normalization", "RGBTo01Normalization"}
 )
 _VOXEL_FIELDS = (
@@ -154,7 +154,7 @@ def preprocessing_hash(plans: dict[str, Any], configuration: str) -> str:
     used = {
         str(channel): statistics.get(str(channel), statistics.get(channel))
         for channel, scheme in enumerate(config["normalization_schemes"])
-        if scheme not in _NORMALIZATIONS_WITHOUT_STATISTICS
+        if scheme not in NORMALIZATIONS_WITHOUT_STATISTICS
     }
     return digest(
         {

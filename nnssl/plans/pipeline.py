@@ -11,6 +11,7 @@ from typing import Any
 
 from nnssl.errors import UserError, nearest
 from nnssl.layout import RawDataset, variable
+from nnssl.plans.domains import Domains, count_by_domain
 from nnssl.plans.manifest import (
     IMAGE_FINGERPRINT_NAME,
     MANIFEST_NAME,
@@ -80,12 +81,15 @@ def plan_and_preprocess(
     folder = variable("nnUNet_preprocessed") / dataset.name
     options = options or PlanningOptions()
     _refuse_layout(dataset)
+    domains = Domains.of(dataset)
     _refuse_configurations(configurations, folder)
     old = _old_manifest(folder, clean)
     if clean:
         for cache in (SCANS_NAME, IMAGE_FINGERPRINT_NAME):
             (folder / cache).unlink(missing_ok=True)
     new, sources = _verified(dataset, folder, num_processes, verify_integrity, report)
+    if domains.names:
+        report(f"Domains: {count_by_domain(dataset, domains)}")
     _adopt_users_splits(dataset, folder, old)
     new["splits"] = old.get("splits")
 
@@ -103,7 +107,7 @@ def plan_and_preprocess(
             if case in new["labeled"]:
                 raise UserError("every labeled image must be readable", f"{case}: {why}", None, "repair the file")
             preprocess.set_aside(folder, new, case, why)
-        plans, notes = planning.make_plan(dataset.name, folder, target, statistics, len(new["labeled"]))
+        plans, notes = planning.make_plan(dataset.name, folder, target, statistics, len(new["labeled"]), domains)
         for note in notes:
             report(f"Note: {note}")
         chosen = _choose_configurations(configurations, plans)
@@ -114,7 +118,7 @@ def plan_and_preprocess(
             for c in chosen
         }
     preprocess.copy_ground_truth(folder, sources.labels["labeled"], new["labels"]["labeled"])
-    new["splits"] = _write_splits(dataset, folder, sorted(new["labeled"]), old, report)
+    new["splits"] = _write_splits(dataset, folder, sorted(new["labeled"]), domains, old, report)
     save_manifest(folder, new)
     return Prepared(folder, target.name, plans, tuple(chosen), new, processed)
 
@@ -237,14 +241,20 @@ def _adopt_users_splits(dataset: RawDataset, folder: Path, old: dict[str, Any]) 
 
 
 def _write_splits(
-    dataset: RawDataset, folder: Path, cases: list[str], old: dict[str, Any], report: Callable[[str], None]
+    dataset: RawDataset,
+    folder: Path,
+    cases: list[str],
+    domains: Domains,
+    old: dict[str, Any],
+    report: Callable[[str], None],
 ) -> str | None:
     """Write patient-wise splits unless the user keeps a file of their own; return the digest of what is ours."""
     path = folder / SPLITS_NAME
     if path.is_file() and not _is_ours(path, old):
         report(f"Keeping your {path}")
         return None
-    splits = make_splits(cases, dataset.patient)
+    domain = domains.of_case.__getitem__ if domains.of_case else None
+    splits = make_splits(cases, dataset.patient, domain=domain)
     write_json_atomically(path, splits)
     folds = f"{len(splits)} folds" if splits else "no folds (one labeled patient): train with fold all"
     report(f"Splits: {folds}")

@@ -26,7 +26,14 @@ from nnunetv2.utilities.find_class_by_name import recursive_find_python_class
 from nnunetv2.utilities.json_export import recursive_fix_for_json_export
 
 from nnssl.errors import UserError, nearest
-from nnssl.plans.manifest import configuration_of, plans_on_disk, preprocessing_hash, write_json_atomically
+from nnssl.plans.domains import Domains, channels_by_themselves
+from nnssl.plans.manifest import (
+    NORMALIZATIONS_WITHOUT_STATISTICS,
+    configuration_of,
+    plans_on_disk,
+    preprocessing_hash,
+    write_json_atomically,
+)
 from nnssl.plans.options import CASCADE, Overrides, PlanningOptions
 
 DEFAULT_PLANNER = "ExperimentPlanner"
@@ -130,7 +137,12 @@ def _at_least_one_worker() -> Iterator[None]:
 
 @_at_least_one_worker()
 def make_plan(
-    dataset_name: str, preprocessed_folder: Path, target: Target, images: dict[str, dict[str, Any]], labeled: int
+    dataset_name: str,
+    preprocessed_folder: Path,
+    target: Target,
+    images: dict[str, dict[str, Any]],
+    labeled: int,
+    domains: Domains | None = None,
 ) -> tuple[dict[str, Any], list[str]]:
     """Plan a data set whose ``dataset_fingerprint.json`` exists, and write ``<name>.json``.
 
@@ -141,17 +153,19 @@ def make_plan(
         images: statistics of all labeled and unlabeled images
             (:func:`nnssl.plans.fingerprint.update_image_fingerprint`).
         labeled: number of labeled cases among them.
+        domains: the data set's domains; where other modalities than CT may be among them, no channel is normalized
+            with statistics of the data set (:func:`nnssl.plans.domains.channels_by_themselves`).
 
     Returns:
         The plan as written, and lines to tell the user.
 
     Raises:
-        UserError: if an override does not fit its configuration.
+        UserError: if an override does not fit its configuration, or a user's own configuration breaks that rule.
     """
-    options = target.options
+    options, domains = target.options, domains or Domains()
     base_class = find_planner(options.planner or DEFAULT_PLANNER)
     memory = options.gpu_memory_target or inspect.signature(base_class).parameters["gpu_memory_target_in_gb"].default
-    planner = _with_all_images(base_class, images)(
+    planner = _with_all_images(base_class, images, domains)(
         dataset_name,
         gpu_memory_target_in_gb=memory / options.memory_factor,
         plans_name=target.name if options.plans_name else target.base,
@@ -160,7 +174,7 @@ def make_plan(
     with contextlib.redirect_stdout(io.StringIO()):  # nnU-Net prints whole configurations; the command sums them up
         plans = planner.plan_experiment()
     plans["plans_name"] = target.name
-    notes = list(target.notes)
+    notes = [*target.notes, *planner.notes]
     for configuration, override in options.overrides.items():
         if configuration not in plans["configurations"]:
             allowed = nearest(configuration, set(plans["configurations"]) - {CASCADE})
@@ -174,14 +188,18 @@ def make_plan(
         "note": "intensities: labeled cases; shapes, spacings and the batch cap: all of these images",
     }
     _keep_from_old(plans, preprocessed_folder / f"{target.name}.json")
+    if not domains.only_ct():
+        notes += _normalization_notes(plans, domains)
     plans["nnssl"]["planning"] = {**options.record(), "statistics": statistics}
     _separate_data_identifiers(plans, preprocessed_folder)
     write_json_atomically(preprocessed_folder / f"{target.name}.json", plans)
     return plans, notes
 
 
-def _with_all_images(base: type[ExperimentPlanner], images: dict[str, dict[str, Any]]) -> type[ExperimentPlanner]:
-    """Derive a planner that sees the shapes and the number of all images, and leaves writing to us."""
+def _with_all_images(
+    base: type[ExperimentPlanner], images: dict[str, dict[str, Any]], domains: Domains
+) -> type[ExperimentPlanner]:
+    """Derive a planner that sees the shapes and the number of all images and the domains, and leaves writing to us."""
 
     class AllImagesPlanner(base):  # type: ignore[misc, valid-type]
         def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -195,7 +213,11 @@ def _with_all_images(base: type[ExperimentPlanner], images: dict[str, dict[str, 
                 "shapes_after_crop": [s["shape_after_crop"] for s in statistics],
                 "median_relative_size_after_cropping": float(np.median(relative)),
             }
-            self.dataset_json = {**self.dataset_json, "numTraining": len(statistics)}  # only the batch cap reads it
+            key = "channel_names" if "channel_names" in self.dataset_json else "modality"
+            channels, line = channels_by_themselves(self.dataset_json[key], domains)
+            self.notes = [line] if line else []
+            # numTraining: only the batch cap reads it
+            self.dataset_json = {**self.dataset_json, key: channels, "numTraining": len(statistics)}
 
         def save_plans(self, plans: dict[str, Any]) -> None:
             """Leave the file to :func:`make_plan`, which writes it atomically and only if it changed."""
@@ -315,6 +337,22 @@ def _keep_from_old(plans: dict[str, Any], path: Path) -> None:
     plans["nnssl"] = dict(old.get("nnssl", {}))
     for name, config in old.get("configurations", {}).items():
         plans["configurations"].setdefault(name, config)
+
+
+def _normalization_notes(plans: dict[str, Any], domains: Domains) -> list[str]:
+    """Refuse statistics of the whole data set where modalities may meet; say how mixed ones are normalized."""
+    schemes: set[str] = set()
+    for name in plans["configurations"]:
+        used = set(configuration_of(plans, name).get("normalization_schemes", []))
+        if wrong := used - NORMALIZATIONS_WITHOUT_STATISTICS:
+            rule = "where CT and other modalities may meet, every case is normalized by itself"
+            got = f"{', '.join(sorted(wrong))} in configuration {name}; domains {domains.described()}"
+            remedy = f"change or remove that configuration in {plans['plans_name']}.json"
+            raise UserError(rule, got, ", ".join(sorted(NORMALIZATIONS_WITHOUT_STATISTICS)), remedy)
+        schemes |= used
+    if not domains.mixed():
+        return []
+    return [f"modalities meet: {domains.described()}; every case is normalized by itself: {', '.join(sorted(schemes))}"]
 
 
 def _separate_data_identifiers(plans: dict[str, Any], folder: Path) -> None:

@@ -28,15 +28,19 @@ class FoldCases:
     unlabeled: list[str]
 
 
-def make_splits(cases: list[str], patient: Callable[[str], str], seed: int = 12345) -> list[Split]:
+def make_splits(
+    cases: list[str], patient: Callable[[str], str], seed: int = 12345, domain: Callable[[str], str] | None = None
+) -> list[Split]:
     """Split labeled cases patient-wise: five folds from 5 patients on, leave-one-out for 2 to 4, none for 1.
 
     With one case a patient and at least 5 patients the folds equal nnU-Net's own (shuffled five-fold, seed 12345).
+    Where the labeled cases come from several domains, the shuffled patients of each are dealt out to the folds in turn.
 
     Args:
         cases: ids of the labeled cases.
         patient: returns the patient of a case.
         seed: seed of the shuffle.
+        domain: returns the domain of a case, if the data set has domains.
 
     Returns:
         One ``{"train": [...], "val": [...]}`` a fold; an empty list if only fold ``all`` makes sense.
@@ -50,8 +54,14 @@ def make_splits(cases: list[str], patient: Callable[[str], str], seed: int = 123
     order = np.arange(len(patients))
     if len(patients) >= 5:
         np.random.RandomState(seed).shuffle(order)  # as scikit-learn's KFold does, which nnU-Net uses
+    folds = min(5, len(patients))
+    parts = np.array_split(order, folds)
+    home = {p: sorted({domain(case) for case in by_patient[p]}) for p in patients} if domain else {}
+    if len({tuple(names) for names in home.values()}) > 1:
+        order = np.array(sorted(order, key=lambda i: home[patients[i]]))  # stable: shuffled within each domain
+        parts = [order[i::folds] for i in range(folds)]
     splits = []
-    for part in np.array_split(order, min(5, len(patients))):
+    for part in parts:
         held_out = {patients[i] for i in part}
         splits.append(
             {

@@ -11,6 +11,11 @@ import pytest
 import SimpleITK as sitk
 
 SHAPE = (5, 7, 6)  # z, y, x
+#: Patients 0 to 3 of the source come from A, 4 to 8 from B, and 9 from C.
+DOMAINS = {f"p{i:02d}_f{frame}": "AAAABBBBBC"[i] for i in range(10) for frame in (1, 2)} | {
+    "p03_f3": "A",
+    "p03_f4": "A",
+}
 
 
 class Toy:
@@ -116,7 +121,7 @@ def source(raw: Path, toy: Toy) -> Path:
         "labels": {"background": 0, "front": 1, "back": 2},
         "numTraining": 20,
         "file_ending": ".nii.gz",
-        "nnssl": {"patient_pattern": r"(p\d+)_", "domains": {"p00_f1": "A", "p03_f3": "B"}},
+        "nnssl": {"patient_pattern": r"(p\d+)_", "domains": DOMAINS},
     }
     (folder / "dataset.json").write_text(json.dumps(content))
     return folder

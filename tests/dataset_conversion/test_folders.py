@@ -16,6 +16,9 @@ from nnssl.cli.import_data import main
 from nnssl.imageio import read_array
 from nnssl.layout import RawDataset
 
+HOME = {"case0": "siteA", "case1": "siteA", "case2": "siteB", "un0": "siteC", "un1": "siteB"}
+CSV = "".join(f"{case},{domain}\n" for case, domain in HOME.items())
+
 
 @pytest.fixture
 def do_import(run, raw: Path, folders: Path) -> Callable[..., tuple[int, str, str]]:
@@ -201,12 +204,12 @@ def test_label_map_merges_and_drops(do_import, raw: Path, folders: Path):
 
 
 def test_default_names_patients_and_domains(do_import, raw: Path, folders: Path):
-    (folders / "domains.csv").write_text("case,domain\ncase0,siteA\nun1,siteB\n")
+    (folders / "domains.csv").write_text("case,domain\n" + CSV)
     options = ("--patient_pattern", r"([a-z]+\d)", "--domains", folders / "domains.csv")
     assert do_import(*options)[0] == 0
     dataset = RawDataset.load(raw / "Dataset501_Toy")
     assert dataset.json["labels"] == {"background": 0, "label1": 1, "label2": 2}
-    assert dataset.nnssl == {"patient_pattern": r"([a-z]+\d)", "domains": {"case0": "siteA", "un1": "siteB"}}
+    assert dataset.nnssl == {"patient_pattern": r"([a-z]+\d)", "domains": HOME}
 
 
 def test_class_that_no_case_shows_is_a_warning(do_import, raw: Path):
@@ -345,8 +348,61 @@ def test_options_out_of_range(do_import, raw: Path, options: tuple[str, ...], te
 
 
 def test_domain_of_an_unknown_case(do_import, raw: Path, folders: Path):
-    (folders / "domains.csv").write_text("case7,siteA\n")
+    (folders / "domains.csv").write_text(CSV + "case7,siteA\n")
     refused(do_import("--domains", folders / "domains.csv"), raw, "case7")
+
+
+@pytest.mark.parametrize("case", ["case1", "un0", "test0"])
+def test_a_case_without_domain_is_refused(do_import, raw: Path, folders: Path, case: str):
+    rows = [line for line in (CSV + "test0,siteA").splitlines() if not line.startswith(case)]
+    (folders / "domains.csv").write_text("\n".join(rows))
+    options = ("--test", folders / "new", "--domains", folders / "domains.csv")
+    refused(do_import(*options), raw, "for every case or for none", f"none for {case}")
+
+
+def test_a_domain_of_a_scan_that_is_set_aside_is_dropped(do_import, raw: Path, folders: Path, toy):
+    (folders / "archive" / "torn.nii.gz").write_bytes(b"\x1f\x8b")
+    toy.write(toy.scan(1) * 0, folders / "archive" / "flat.nii.gz")
+    (folders / "domains.csv").write_text(CSV + "torn,siteD\nflat,siteE\n")
+    code, out, err = do_import("--domains", folders / "domains.csv")
+    assert code == 0
+    assert "torn" in err
+    assert "flat" in err
+    assert RawDataset.load(raw / "Dataset501_Toy").nnssl["domains"] == HOME
+    assert "domains: siteA: 2 labeled; siteB: 1 labeled, 1 unlabeled; siteC: 1 unlabeled\n" in out
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (CSV.replace("case1,siteA", "case1"), "CASE,DOMAIN,MODALITY"),
+        (CSV.replace("case1,siteA", "case1,siteA,CT"), "one form"),
+        (CSV + "case1,siteB\n", "two for case1"),
+        ("".join(f"{c},{d},{'MR' if c == 'un1' else 'CT'}\n" for c, d in HOME.items()), "for siteB"),
+    ],
+)
+def test_domain_files_with_a_fault(do_import, raw: Path, folders: Path, text: str, message: str):
+    (folders / "domains.csv").write_text(text)
+    refused(do_import("--domains", folders / "domains.csv"), raw, message)
+
+
+@pytest.mark.parametrize(
+    ("modalities", "channel"),
+    [
+        ({"siteA": "CT", "siteB": "MR", "siteC": "CT"}, "zscore"),
+        ({"siteA": "CT", "siteB": "ct", "siteC": "CT"}, "CT"),
+        (None, "zscore"),  # several domains, and nothing says that all are CT
+    ],
+)
+def test_a_ct_channel_keeps_its_name_only_if_every_domain_is_ct(do_import, raw, folders, modalities, channel):
+    lines = [f"{c},{d},{modalities[d]}" if modalities else f"{c},{d}" for c, d in HOME.items()]
+    (folders / "domains.csv").write_text("\n".join(["case,domain" + ",modality" * bool(modalities), *lines]))
+    code, _, err = do_import("--channels", "CT", "--domains", folders / "domains.csv")
+    assert code == 0
+    dataset = RawDataset.load(raw / "Dataset501_Toy")
+    assert dataset.channel_names == {"0": channel}
+    assert ("nnssl_import: warning: channel CT is named zscore" in err) == (channel == "zscore")
+    assert dataset.nnssl.get("domain_modalities") == modalities
 
 
 def test_id_in_use_is_refused_and_kept(do_import, raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

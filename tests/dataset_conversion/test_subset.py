@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from math import ceil
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from nnssl.cli.make_subset import main
-from nnssl.dataset_conversion.subset import draw_order
+from nnssl.cli.make_subset import main, read_share
+from nnssl.dataset_conversion.subset import draw_order, stratified_order
 from nnssl.imageio import read_array
 from nnssl.layout import IMAGE_FOLDERS, RawDataset
 
@@ -147,9 +148,13 @@ def test_label_map_merges_names_and_values_everywhere(subset, source: Path):
 
 def test_dataset_json_follows_the_selection(subset):
     dataset, _, _ = subset("--labeled_ids", ["p01"], "--test_ids", ["p03"])
-    assert dataset.nnssl == {"patient_pattern": r"(p\d+)_", "domains": {"p00_f1": "A", "p03_f3": "B"}}
+    domains = {f"p{i:02d}_f{frame}": "AAAABBBBBC"[i] for i in range(10) for frame in (1, 2)}
+    assert dataset.nnssl == {
+        "patient_pattern": r"(p\d+)_",
+        "domains": {**domains, "p03_f3": "A", "p03_f4": "A"},
+    }
     without, _, _ = subset("--labeled_ids", ["p01"], "--val_ids", ["p03"], to=51)
-    assert without.nnssl["domains"] == {"p00_f1": "A"}
+    assert without.nnssl["domains"] == domains  # p03_f3 and p03_f4 are in no role
 
 
 def test_record_repeats_the_selection(subset):
@@ -163,6 +168,9 @@ def test_record_repeats_the_selection(subset):
 
 
 def test_val_and_test_of_the_source_are_kept_or_replaced(subset, source: Path, toy):
+    content = json.loads((source / "dataset.json").read_text())
+    content["nnssl"]["domains"] |= {"p91_f1": "A", "p02_f9": "A"}
+    (source / "dataset.json").write_text(json.dumps(content))
     for kind, name in (("Val", "q1_f1"), ("Ts", "p02_f9")):
         toy.write(toy.scan(ord(kind[0])), source / f"images{kind}" / f"{name.replace('q', 'p9')}_0000.nii.gz")
         toy.write(toy.mask(ord(kind[0])), source / f"labels{kind}" / f"{name.replace('q', 'p9')}.nii.gz")
@@ -264,5 +272,153 @@ def test_id_in_use_is_refused(subset, run, source: Path):
 
 
 def test_val_without_label_is_refused(subset, source: Path, toy):
+    content = json.loads((source / "dataset.json").read_text())
+    content["nnssl"]["domains"]["p90_f1"] = "A"
+    (source / "dataset.json").write_text(json.dumps(content))
     toy.write(toy.scan(900), source / "imagesUn/p90_f1_0000.nii.gz")
     assert "need a label" in subset("--labeled", 1, "--val_ids", ["p90"])[2]
+
+
+def domains_of(dataset: RawDataset, folder: str) -> set[str]:
+    return {dataset.nnssl["domains"][case] for case in dataset.cases(folder)}
+
+
+def test_labels_come_from_labeled_domains_only(subset, source: Path):
+    """Unsupervised domain adaptation: no label of the target is in the new data set."""
+    dataset, out, _ = subset("--labeled", "all", "--labeled_domains", "A", "C")
+    assert domains_of(dataset, "imagesTr") == {"A", "C"}
+    assert len(dataset.cases("imagesTr")) == 10
+    assert {case for case, domain in dataset.nnssl["domains"].items() if domain == "B"} <= set(
+        dataset.cases("imagesUn")
+    )
+    assert labels_of(dataset) == {f"{case}.nii.gz" for case in dataset.cases("imagesTr")}
+    assert "domains: A: 8 labeled, 2 unlabeled; B: 10 unlabeled; C: 2 labeled\n" in out
+    record = json.loads((dataset.folder / "nnssl_subset.json").read_text())
+    assert record["labeled_domains"] == ["A", "C"]
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 5, 8])
+def test_a_number_is_spread_over_the_labeled_domains_and_nested(subset, n: int):
+    dataset, _, _ = subset("--labeled", n, "--labeled_domains", "A", "B", to=51)
+    more, _, _ = subset("--labeled", n + 1, "--labeled_domains", "A", "B", to=52)
+    patients = {dataset.patient(case) for case in dataset.cases("imagesTr")}
+    assert patients < {more.patient(case) for case in more.cases("imagesTr")}
+    homes = ["AAAABBBBBC"[int(patient[1:])] for patient in patients]
+    assert abs(homes.count("A") - homes.count("B")) <= 1
+    assert homes.count("C") == 0
+
+
+def test_one_domain_is_drawn_like_no_domain():
+    patients = [f"p{i}" for i in range(12)]
+    assert stratified_order(dict.fromkeys(patients, "A"), 3) == draw_order(patients, 3)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (("1",), {"A": 1, "B": 1, "C": 1}),
+        (("2", "--labeled_domains", "A", "B"), {"A": 2, "B": 2}),
+        (("2", "--unseen_domains", "C"), {"A": 2, "B": 2}),
+        (("25%",), {"A": 1, "B": 2, "C": 1}),  # 1, 1.25 and 0.25 patients, rounded up
+        (("25.5%", "--labeled_domains", "A"), {"A": 2}),
+        (("60%", "--labeled_domains", "B"), {"B": 3}),
+    ],
+)
+def test_patients_per_domain(subset, options: tuple, expected: dict[str, int]):
+    dataset, _, _ = subset("--labeled_per_domain", *options)
+    patients = {dataset.patient(case) for case in dataset.cases("imagesTr")}
+    homes = ["AAAABBBBBC"[int(patient[1:])] for patient in patients]
+    assert {name: homes.count(name) for name in set(homes)} == expected
+    for name in expected:
+        members = [f"p{i:02d}" for i in range(10) if "AAAABBBBBC"[i] == name]
+        drawn = {patient for patient in patients if patient in members}
+        assert drawn == set(draw_order(members, 0)[: len(drawn)])  # nested within the domain
+
+
+def test_a_share_is_exact():
+    """Shares and subjects of M&Ms as published: 2 % and 5 % of 95, 125 and 50; 7 % of 100 is 8 in floating point."""
+    shares = [(2, 95, 2), (2, 125, 3), (2, 50, 1), (5, 95, 5), (5, 125, 7), (5, 50, 3), (7, 100, 7)]
+    for percent, subjects, expected in shares:
+        assert ceil(read_share("--labeled_per_domain", f"{percent}%") * subjects) == expected
+
+
+def test_an_unseen_domain_is_the_test_set_and_nothing_else(subset, source: Path, toy):
+    """Semi-supervised domain generalization: with labels where the source has them, wherever its cases lay."""
+    content = json.loads((source / "dataset.json").read_text())
+    content["nnssl"]["domains"] |= {"p91_f1": "B", "p92_f1": "B", "p93_f1": "A", "p94_f1": "A"}
+    (source / "dataset.json").write_text(json.dumps(content))
+    for case, kind in (("p91_f1", "Val"), ("p92_f1", "Un"), ("p93_f1", "Val"), ("p94_f1", "Ts")):
+        toy.write(toy.scan(sum(map(ord, case))), source / f"images{kind}" / f"{case}_0000.nii.gz")
+        if kind != "Un":
+            toy.write(toy.mask(1), source / f"labels{kind}" / f"{case}.nii.gz")
+    dataset, _, _ = subset("--labeled_per_domain", 1, "--unseen_domains", "B")
+    found = roles(dataset)
+    assert found["imagesTs"] == {f"p0{i}_f{f}" for i in range(4, 9) for f in (1, 2)} | {"p91_f1", "p92_f1", "p94_f1"}
+    assert "B" not in {dataset.nnssl["domains"][case] for role in set(found) - {"imagesTs"} for case in found[role]}
+    assert found["imagesVal"] == {"p93_f1"}
+    labels = {path.name[:-7] for path in (dataset.folder / "labelsTs").iterdir()}
+    assert labels == found["imagesTs"] - {"p92_f1"}
+    assert json.loads((dataset.folder / "nnssl_subset.json").read_text())["unseen_domains"] == ["B"]
+    assert "in val and test" in subset("--labeled", 1, "--unseen_domains", "B", "--val_ids", ["p05"], to=51)[2]
+
+
+def test_watching_labels_of_an_unlabeled_domain_is_said(subset):
+    options = ("--labeled", 2, "--labeled_domains", "A")
+    assert "imagesVal holds labeled cases of B" in subset(*options, "--val_ids", ["p00", "p05"], to=51)[2]
+    assert "imagesVal holds" not in subset(*options, "--val_ids", ["p00"], to=52)[2]
+
+
+def test_a_patient_in_two_domains_is_refused_only_where_domains_matter(subset, source: Path):
+    content = json.loads((source / "dataset.json").read_text())
+    content["nnssl"]["domains"]["p00_f2"] = "B"
+    (source / "dataset.json").write_text(json.dumps(content))
+    assert "p00 (A, B)" in subset("--labeled", 1, "--labeled_domains", "A")[2]
+    assert subset("--labeled", 1)[0] is not None
+
+
+def test_a_subset_of_one_modality_gets_no_mixed_channel(subset, source: Path):
+    content = json.loads((source / "dataset.json").read_text())
+    content["channel_names"] = {"0": "CT"}
+    content["nnssl"]["domain_modalities"] = {"A": "CT", "B": "CT", "C": "MR"}
+    (source / "dataset.json").write_text(json.dumps(content))
+    mixed, _, err = subset("--labeled", 1, to=51)
+    assert mixed.channel_names == {"0": "zscore"}
+    assert "z-scored by itself" in err
+    content["nnssl"]["domain_modalities"]["C"] = "CT"
+    (source / "dataset.json").write_text(json.dumps(content))
+    plain, _, err = subset("--labeled", 1, to=52)
+    assert plain.channel_names == {"0": "CT"}
+    assert "z-scored" not in err
+
+
+@pytest.mark.parametrize(
+    ("options", "texts"),
+    [
+        (("--labeled", 1, "--labeled_domains", "a"), ("--labeled_domains", "'a'", "nearest: A")),
+        (("--labeled", 1, "--unseen_domains", "siteX"), ("--unseen_domains", "'siteX'", "A, B, C")),
+        (("--labeled", 5, "--labeled_domains", "A"), ("1 to 4", "in A")),
+        (("--labeled", 1, "--labeled_domains", "A", "--unseen_domains", "A"), ("labeled or unseen",)),
+        (("--labeled_per_domain", 2), ("1 to 1 in C",)),
+        (("--labeled_per_domain", "0%"), ("at most 100%",)),
+        (("--labeled_per_domain", "few"), ("P%",)),
+        (("--labeled", "al"), ("N|all",)),
+        (("--labeled_ids", ["p05"], "--labeled_domains", "A"), ("labels come from", "p05")),
+        (("--labeled_ids", ["p05"], "--unseen_domains", "B"), ("p05", "labeled and test")),
+    ],
+)
+def test_refusals_about_domains(subset, options: tuple, texts: tuple[str, ...]):
+    dataset, _, err = subset(*options)
+    assert dataset is None
+    for text in texts:
+        assert text in err.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize("options", [("--labeled_domains", "A"), ("--unseen_domains", "A")])
+def test_a_source_without_domains_or_with_gaps_is_refused(subset, source: Path, options: tuple):
+    content = json.loads((source / "dataset.json").read_text())
+    del content["nnssl"]["domains"]["p05_f1"]
+    (source / "dataset.json").write_text(json.dumps(content))
+    assert "none for p05_f1" in subset("--labeled", 1, *options)[2]
+    del content["nnssl"]["domains"]
+    (source / "dataset.json").write_text(json.dumps(content))
+    assert "import with --domains" in subset("--labeled", 1, *options)[2]

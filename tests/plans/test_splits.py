@@ -93,3 +93,23 @@ def test_a_users_split_of_one_patient_is_honored_with_a_warning():
     split = {"train": ["a_0"], "val": ["a_1"]}
     with pytest.warns(UserWarning, match="patients in train and val"):
         assert fold_cases([split], 0, ["a_0", "a_1"], [], patient).val == ["a_1"]
+
+
+@given(st.lists(st.sampled_from("AB"), min_size=5, max_size=30), st.integers(0, 5))
+def test_folds_share_every_domain_as_evenly_as_numbers_allow(letters, extra):
+    domain_of = {f"p{i:03d}": letter for i, letter in enumerate([*letters, *"C" * extra])}
+    cases = [f"{p}_{frame}" for p in domain_of for frame in (1, 2)]
+    splits = make_splits(cases, patient, domain=lambda case: domain_of[patient(case)])
+    assert len(splits) == 5
+    assert sorted(c for s in splits for c in s["val"]) == sorted(cases)
+    for name in set(domain_of.values()):
+        counts = [sum(domain_of[patient(c)] == name for c in s["val"]) / 2 for s in splits]
+        assert max(counts) - min(counts) <= 1
+    for split in splits:
+        assert not {patient(c) for c in split["train"]} & {patient(c) for c in split["val"]}
+
+
+@pytest.mark.parametrize("n", [2, 3, 5, 13])
+def test_one_labeled_domain_leaves_the_folds_as_they_are(n):
+    cases = cases_of([1] * n)
+    assert make_splits(cases, patient, domain=lambda case: "A") == make_splits(cases, patient)
