@@ -219,8 +219,12 @@ class DiffRectTrainer(SemiSupervisedTrainer):
     def _sampled(self, image: Tensor, labels: Tensor) -> Rectified:
         """Run R from noise, guided by the tau of labeled items: no better map is known here."""
         noise = torch.randn(len(image), *self.latent_shape, device=self.device)
-        tau = self.tau.expand(len(image))
-        return self.rectifier(image, colorize(labels, self.colors), tau, noise=noise, sampling=self.settings.sampling())
+        tau, training = self.tau.expand(len(image)), self.rectifier.training
+        self.rectifier.train(training and self.settings.sample_dropout)
+        colored = colorize(labels, self.colors)
+        rectified = self.rectifier(image, colored, tau, noise=noise, sampling=self.settings.sampling())
+        self.rectifier.train(training)
+        return rectified
 
     def _tau(self, labels: Tensor, better: Tensor, valid: Tensor) -> Tensor:
         """Return the calibration guidance of label maps against better ones, one an item (b,)."""

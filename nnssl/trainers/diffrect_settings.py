@@ -67,6 +67,7 @@ class DiffRectSettings(UnsupervisedSettings):
     noise_schedule: str = option("cosine", "noise schedule", choices=tuple(SCHEDULES))
     sampler: str = option("ddim", "sampler (the paper prints ddpm)", choices=tuple(SAMPLERS))
     sampling_steps: int = option(2, "steps of a sampling", low=1)
+    sample_dropout: bool = option(False, "dropout and batch statistics stay on while R samples (the code: true)")
     clamp: bool = option(False, "clamp sampled latents to -1..1 (the code: true)")
     inject: str = option("input", "where the condition enters the denoiser (the code: skip)", choices=CHOICES["inject"])
     skips: bool = option(True, "the label decoder sees the finer levels (the paper draws none)")

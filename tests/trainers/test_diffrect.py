@@ -244,7 +244,7 @@ def test_the_network_learns_what_the_rectifier_makes_of_its_label(made):
     n, classes = step.labeled, trainer.label_space.num_heads
     answer = torch.randint(0, classes, (len(step.weak) - n, 32, 32), generator=torch.Generator().manual_seed(0))
     logits = torch.nn.functional.one_hot(answer, classes).movedim(-1, 1) * 9.0
-    trainer.rectifier = lambda *args, **kwargs: Rectified(logits, None, None)
+    trainer.rectifier.forward = lambda *args, **kwargs: Rectified(logits, None, None)
     group = trainer._rectify(step, 3.0)
     picked = trainer.predict_logits(step.strong[n:]).log_softmax(1).gather(1, answer[:, None])
     assert group.terms["loss_rectification"].item() == pytest.approx(
@@ -253,6 +253,25 @@ def test_the_network_learns_what_the_rectifier_makes_of_its_label(made):
     changed = (answer[:, None] != step.labels_weak[n:])[step.valid[n:]].float().mean()
     assert group.log["changed"].item() == pytest.approx(changed.item())
     assert group.step == ("network",)
+
+
+@pytest.mark.parametrize("dropout", [False, True])
+def test_the_rectifier_samples_without_dropout_unless_asked(made, dropout):
+    trainer = made(sample_dropout=dropout)
+    batch = to_device(next(trainer.dataloader_train), trainer.device)
+    step, _ = trainer._look(batch, batch["unlabeled"], 1.0)
+    logits, seeds = [], []
+
+    def reseed(*_) -> None:
+        torch.manual_seed(seeds[-1])
+
+    trainer.rectifier.register_forward_pre_hook(reseed)
+    for seed in (1, 2):  # the same latent noise, other random numbers after it
+        torch.manual_seed(0)
+        seeds.append(seed)
+        logits.append(trainer._sampled(step.weak, step.labels_weak).logits)
+    assert torch.equal(*logits) is not dropout
+    assert trainer.rectifier.training
 
 
 def test_the_codes_hard_loss_is_cross_entropy_plus_squared_dice(made):
