@@ -82,6 +82,27 @@ def test_djfile_names_the_classes(scans):
     assert list(strict_json(out)["mean"]) == ["all", "second"]
 
 
+def test_djfile_brings_domains_into_table_csv_and_json(scans, capsys):
+    dataset = scans / "dataset.json"
+    block = {"domains": {"c0": "Siemens", "c1": "Philips", "c2": "Philips"}}
+    dataset.write_text(json.dumps({"labels": {"background": 0, "one": 1, "two": 2}, "nnssl": block}))
+    out, folders = scans / "o.json", [str(scans / "good"), str(scans / "bad")]
+    arguments = ["-ref", str(scans / "ref"), "-pred", *folders, "-djfile", str(dataset), "-o", str(out)]
+    assert main(arguments) == 0
+    data = strict_json(out)
+    for result in data["predictions"].values():
+        assert list(result["domains"]) == ["Philips", "Siemens"]
+        dice = [result["cases"][case]["one"]["dice"] for case in ("c1", "c2")]
+        assert result["domains"]["Philips"]["mean"]["one"]["dice"] == pytest.approx(np.mean(dice))
+    assert all(row["n"] + row["excluded"] == 3 for row in data["comparison"])  # pairs stay over all cases
+    rows = list(csv.DictReader(out.with_suffix(".csv").open()))
+    assert {(row["case"], row["domain"]) for row in rows} == set(block["domains"].items())
+    printed = capsys.readouterr().out
+    assert printed.count("mean of classes, domain Philips") == 2
+    assert main(["-ref", str(scans / "ref"), "-pred", str(scans / "good"), "-o", str(out)]) == 0
+    assert "domain" not in out.with_suffix(".csv").read_text()
+
+
 @pytest.mark.parametrize(
     ("extra", "message"),
     [

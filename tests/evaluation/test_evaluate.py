@@ -158,3 +158,30 @@ def test_importing_loads_no_torch():
     code += "sys.exit([m for m in ('torch', 'nnunetv2', 'medpy') if m in sys.modules] or None)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_domains_have_means_of_their_own(folders):
+    """Every aggregate of a domain equals that of a run over its cases alone."""
+    domains = {"case_1": "A", "case_2": "B", "case_3": "B", "elsewhere": "C"}
+    reference, prediction = folders
+    result = evaluate_folders(reference, prediction, num_processes=1, domains=domains)
+    assert {name: over["cases"] for name, over in result["domains"].items()} == {
+        "A": ["case_1"],
+        "B": ["case_2", "case_3"],
+    }
+    assert "1 cases have no domain, the first is case_4" in result["notes"]
+    for case in ("case_1", "case_4"):
+        (reference / f"{case}.nii.gz").unlink()
+    alone = evaluate_folders(reference, prediction, num_processes=1)
+    assert alone["domains"] == {}
+    keys = ("mean", "std", "count", "foreground_mean", "foreground_mean_over_cases", "foreground_std_over_cases")
+    assert {k: result["domains"]["B"][k] for k in (*keys, "empty")} == {k: alone[k] for k in (*keys, "empty")}
+    assert result["mean"] != alone["mean"]
+
+
+def test_domains_come_from_the_dataset_json_that_names_the_labels(folders):
+    reference, prediction = folders
+    block = {"labels": {"background": 0, "one": 1, "two": 2}, "nnssl": {"domains": {"case_2": "A"}}}
+    (prediction / "dataset.json").write_text(json.dumps(block))
+    assert list(evaluate_folders(reference, prediction, num_processes=1)["domains"]) == ["A"]
+    assert evaluate_folders(reference, prediction, block["labels"], num_processes=1)["domains"] == {}

@@ -3,13 +3,17 @@
 import json
 import math
 
+import blosc2
 import pytest
+import SimpleITK as sitk
 import torch
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 
 from nnssl.errors import UserError
-from nnssl.plans.manifest import require_current
-from nnssl.plans.options import Overrides
+from nnssl.layout import RawDataset
+from nnssl.plans.manifest import part_folder, require_current
+from nnssl.plans.options import Overrides, PlanningOptions
+from nnssl.plans.pipeline import plan_and_preprocess
 from nnssl.plans.planning import changed_network, find_planner
 
 
@@ -86,10 +90,6 @@ def test_asking_for_what_is_planned_changes_nothing(toy):
 
 def test_a_rounded_patch_and_a_large_memory_are_reported(toy):
     lines: list[str] = []
-    from nnssl.layout import RawDataset
-    from nnssl.plans.options import PlanningOptions
-    from nnssl.plans.pipeline import plan_and_preprocess
-
     override = {"2d": Overrides(patch_size=(35, 100), batch_size=4000)}
     plan_and_preprocess(RawDataset.load(toy.raw), ["2d"], PlanningOptions(overrides=override), report=lines.append)
     text = "\n".join(lines)
@@ -191,3 +191,87 @@ def test_a_preset_may_replace_the_network():
     }
     with pytest.raises(UserError, match="n_stages"):
         changed_network(planned, {"network_class_name": "b.V", "arch_kwargs": {"n_stage": "planned"}})
+
+
+def test_modalities_that_meet_are_z_scored_case_by_case(new_toy):
+    domains = {f"case_{i:03d}": "scannerA" if i < 5 else "scannerB" for i in range(11)}
+    both = {"scannerA": "CT", "scannerB": "MR"}
+    lines: list[str] = []
+    toy = new_toy("mixed", channel="CT", nnssl={"domains": domains, "domain_modalities": both})
+    plan_and_preprocess(RawDataset.load(toy.raw), ["2d"], report=lines.append)
+    config = toy.plans()["configurations"]["2d"]
+    assert config["normalization_schemes"] == ["ZScoreNormalization"]
+    text = "\n".join(lines)
+    assert "every case is z-scored by itself" in text
+    assert "modalities meet: scannerA (CT), scannerB (MR)" in text
+    assert "Domains: scannerA: 3 labeled, 2 unlabeled; scannerB: 4 unlabeled, 1 val, 1 test" in text
+    for part in ("labeled", "unlabeled"):  # the voxels that training sees
+        for path in sorted(part_folder(toy.folder, config["data_identifier"], part).glob("case_*.b2nd")):
+            if not path.name.endswith("_seg.b2nd"):
+                voxels = blosc2.open(str(path))[:]
+                assert abs(voxels.mean()) < 0.01
+                assert abs(voxels.std() - 1) < 0.01
+
+
+def set_domains(toy, **block) -> None:
+    content = json.loads((toy.raw / "dataset.json").read_text())
+    content["nnssl"] = block
+    (toy.raw / "dataset.json").write_text(json.dumps(content))
+
+
+def test_ct_normalization_stays_where_every_domain_is_ct(new_toy):
+    domains = {f"case_{i:03d}": "AB"[i % 2] for i in range(11)}
+    toy = new_toy("ct", channel="CT", nnssl={"domains": domains, "domain_modalities": {"A": "CT", "B": "CT"}})
+    schemes = [toy.run().plans["configurations"]["2d"]["normalization_schemes"]]
+    set_domains(toy, domains=domains)  # several domains, and nothing says that all are CT
+    schemes.append(toy.run().plans["configurations"]["2d"]["normalization_schemes"])
+    set_domains(toy, domains=dict.fromkeys(domains, "A"))
+    schemes.append(toy.run().plans["configurations"]["2d"]["normalization_schemes"])
+    assert schemes == [["CTNormalization"], ["ZScoreNormalization"], ["CTNormalization"]]
+
+
+def test_a_users_own_configuration_cannot_bring_ct_normalization_back(new_toy):
+    domains = {f"case_{i:03d}": "AB"[i % 2] for i in range(11)}
+    toy = new_toy("own", channel="CT")
+    plans = toy.run().plans
+    plans["configurations"]["mine"] = plans["configurations"]["2d"]
+    (toy.folder / "nnUNetPlans.json").write_text(json.dumps(plans))
+    set_domains(toy, domains=domains, domain_modalities={"A": "CT", "B": "MR"})
+    with pytest.raises(UserError, match="CTNormalization in configuration mine"):
+        toy.run()
+
+
+def test_planning_refuses_domains_with_gaps(toy):
+    set_domains(toy, domains={f"case_{i:03d}": "A" for i in range(10)})
+    with pytest.raises(UserError, match="none for case_010"):
+        toy.run()
+    set_domains(toy, domains=["A"])
+    with pytest.raises(UserError, match="maps names to names"):
+        toy.run()
+
+
+def test_folds_follow_the_domains(new_toy):
+    domains = {f"case_{i:03d}": "A" if i < 5 else "B" for i in range(10)}
+    toy = new_toy("folds", labeled=10, unlabeled=0, monitoring=0, test=0, nnssl={"domains": domains})
+    toy.run()
+    for split in json.loads((toy.folder / "splits_final.json").read_text()):
+        assert sorted(domains[case] for case in split["val"]) == ["A", "B"]
+
+
+def test_an_unseen_domain_touches_neither_fingerprint_nor_plan_nor_data(new_toy):
+    """Test images of another spacing, size and unit: every file of the preprocessed set but the record stays."""
+    seen = {}
+    for name, scale, spacing in (("plain", 1, (1.0, 1.0, 2.0)), ("strange", 1000, (3.0, 3.0, 7.0))):
+        domains = {f"case_{i:03d}": "A" for i in range(10)} | {"case_010": "unseen"}
+        toy = new_toy(name, nnssl={"domains": domains})
+        path = str(toy.raw / "imagesTs" / "case_010_0000.nii.gz")
+        image = sitk.ReadImage(path) * scale
+        image.SetSpacing(spacing)
+        sitk.WriteImage(image, path)
+        toy.run()
+        names = ("dataset_fingerprint.json", "nnUNetPlans.json", "splits_final.json")
+        seen[name] = {n: (toy.folder / n).read_bytes() for n in names}
+        data = part_folder(toy.folder, "nnUNetPlans_2d", "labeled")
+        seen[name] |= {p.name: blosc2.open(str(p))[:].tobytes() for p in data.glob("*.b2nd")}
+    assert len(seen["plain"]) == 9
+    assert seen["plain"] == seen["strange"]
