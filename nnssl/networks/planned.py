@@ -54,7 +54,7 @@ class PlannedUNet(nn.Module):
         **base_kwargs: Any,
     ) -> None:
         super().__init__()
-        base_class = _locate_base(base)
+        base_class = locate_base(base)
         planned = base_class(
             input_channels=input_channels, num_classes=num_classes, deep_supervision=deep_supervision, **base_kwargs
         )
@@ -73,12 +73,9 @@ class PlannedUNet(nn.Module):
         self.conditioning = conditioning
 
     def _build_films(self) -> nn.ModuleList:
-        stem = [] if _stem(self.encoder) is None else [self.encoder.stem]
+        stem = [] if stem_of(self.encoder) is None else [self.encoder.stem]
         sections = [*stem, *self.encoder.stages, *self.decoder.stages]
-        blocks = [block for section in sections for block in _conv_blocks(section)]
-        if not all(hasattr(block, "norm") for block in blocks):
-            raise UserError("time conditioning needs a network with norms", remedy="plan with a norm_op")
-        return nn.ModuleList(FiLM(block.norm.num_features) for block in blocks)
+        return build_films(sections)
 
     def forward(
         self, x: Tensor, t: Tensor | None = None, features: bool = False
@@ -91,44 +88,69 @@ class PlannedUNet(nn.Module):
             features: return (output, input of the last segmentation layer (b, feature_channels, *spatial)).
         """
         modulation = None if t is None else self._modulation(t)
-        return self._decode(self._encode(x, modulation), modulation, features)
+        output, last = run_decoder(self.decoder, self._encode(x, modulation), modulation, self.decoder.deep_supervision)
+        return (output, last) if features else output
 
-    def _modulation(self, t: Tensor) -> _Modulation:
+    def _modulation(self, t: Tensor) -> Modulation:
         if not self.conditioning:
             raise ValueError("a time step was given to a network that was built without conditioning")
-        return _Modulation(self.time_embedding(t), iter(list(self.films)))  # a list: dynamo cannot walk modules
+        return Modulation(self.time_embedding(t), iter(list(self.films)))  # a list: dynamo cannot walk modules
 
-    def _encode(self, x: Tensor, modulation: _Modulation | None) -> list[Tensor]:
-        stem, skips = _stem(self.encoder), []
+    def _encode(self, x: Tensor, modulation: Modulation | None) -> list[Tensor]:
+        stem, skips = stem_of(self.encoder), []
         if stem is not None:
-            x = _run(stem, x, modulation)
+            x = run_stage(stem, x, modulation)
         for index, stage in enumerate(self.encoder.stages):
-            x = _run(stage, x, modulation)
+            x = run_stage(stage, x, modulation)
             if str(index) in self.hfm:
                 x = self.hfm[str(index)](x)
             skips.append(x)
         return skips
 
-    def _decode(self, skips: list[Tensor], modulation: _Modulation | None, features: bool) -> Any:
-        decoder, x, outputs = self.decoder, skips[-1], []
-        last = len(decoder.stages) - 1
-        for s, stage in enumerate(decoder.stages):
-            x = torch.cat((decoder.transpconvs[s](x), skips[-(s + 2)]), 1)
-            x = _run(stage, x, modulation)
-            if decoder.deep_supervision or s == last:
-                outputs.append(decoder.seg_layers[s](x))
-        output = outputs[::-1] if decoder.deep_supervision else outputs[-1]
-        return (output, x) if features else output
+
+def build_films(sections: Sequence[nn.Module]) -> nn.ModuleList:
+    """Return one FiLM a norm of the sections' conv blocks, in running order.
+
+    Raises:
+        UserError: a block has no norm.
+    """
+    blocks = [block for section in sections for block in _conv_blocks(section)]
+    if not all(hasattr(block, "norm") for block in blocks):
+        raise UserError("time conditioning needs a network with norms", remedy="plan with a norm_op")
+    return nn.ModuleList(FiLM(block.norm.num_features) for block in blocks)
 
 
-class _Modulation:
+def run_decoder(
+    decoder: nn.Module, skips: Sequence[Tensor], modulation: Modulation | None, deep_supervision: bool
+) -> tuple[Tensor | list[Tensor], Tensor]:
+    """Run a planned decoder on the encoder's outputs.
+
+    Returns:
+        Logits, or with deep supervision a list of them (full resolution first), and the last layer's input.
+    """
+    x, outputs = skips[-1], []
+    last = len(decoder.stages) - 1
+    for s, stage in enumerate(decoder.stages):
+        x = torch.cat((decoder.transpconvs[s](x), skips[-(s + 2)]), 1)
+        x = run_stage(stage, x, modulation)
+        if deep_supervision or s == last:
+            outputs.append(decoder.seg_layers[s](x))
+    return (outputs[::-1] if deep_supervision else outputs[-1]), x
+
+
+class Modulation:
     """The embedding of one forward pass and the FiLM sites in the order the pass meets them."""
 
     def __init__(self, embedding: Tensor, films: Iterator[nn.Module]) -> None:
         self.embedding, self.films = embedding, films
 
 
-def _locate_base(base: str) -> type[nn.Module]:
+def locate_base(base: str) -> type[nn.Module]:
+    """Return the planned class behind a dotted path.
+
+    Raises:
+        UserError: it is none that nnU-Net plans.
+    """
     found = pydoc.locate(base) if isinstance(base, str) else base
     if not (isinstance(found, type) and issubclass(found, BASES)):
         allowed = ", ".join(f"{c.__module__}.{c.__name__}" for c in BASES)
@@ -136,11 +158,12 @@ def _locate_base(base: str) -> type[nn.Module]:
     return found
 
 
-def _stem(encoder: nn.Module) -> nn.Module | None:
+def stem_of(encoder: nn.Module) -> nn.Module | None:
+    """Return the convolutions before a residual encoder's first stage, None for a plain encoder."""
     return getattr(encoder, "stem", None)
 
 
-def _run(module: nn.Module, x: Tensor, modulation: _Modulation | None) -> Tensor:
+def run_stage(module: nn.Module, x: Tensor, modulation: Modulation | None) -> Tensor:
     """Run a stage; with a modulation, walk down to its conv blocks and condition their norms."""
     if modulation is None:
         return module(x)
@@ -149,18 +172,18 @@ def _run(module: nn.Module, x: Tensor, modulation: _Modulation | None) -> Tensor
     if isinstance(module, BasicBlockD | BottleneckD):
         return _run_residual_block(module, x, modulation)
     for child in _children(module):
-        x = _run(child, x, modulation)
+        x = run_stage(child, x, modulation)
     return x
 
 
-def _run_conv_block(block: ConvDropoutNormReLU, x: Tensor, modulation: _Modulation) -> Tensor:
+def _run_conv_block(block: ConvDropoutNormReLU, x: Tensor, modulation: Modulation) -> Tensor:
     film = next(modulation.films)
     for layer in block.all_modules:
         x = film(layer, x, modulation.embedding) if layer is block.norm else layer(x)
     return x
 
 
-def _run_residual_block(block: BasicBlockD | BottleneckD, x: Tensor, modulation: _Modulation) -> Tensor:
+def _run_residual_block(block: BasicBlockD | BottleneckD, x: Tensor, modulation: Modulation) -> Tensor:
     residual = block.skip(x)
     for conv in _conv_blocks(block):
         x = _run_conv_block(conv, x, modulation)
