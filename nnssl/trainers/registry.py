@@ -66,6 +66,15 @@ TRAINERS: dict[str, TrainerInfo] = {
         2.2,
         "the segmentation network",
     ),
+    "GenericSSLTrainer": TrainerInfo(
+        "nnssl.trainers.generic_ssl",
+        "A&D",
+        "Wang and Li, NeurIPS 2023",
+        "denoising and difficulty-aware decoders teach a predictor",
+        3.9,
+        1.3,
+        "image stem, encoder and predictor decoder theta (the other decoders lie beside them)",
+    ),
     "MeanTeacherTrainer": TrainerInfo(
         "nnssl.trainers.mean_teacher",
         "Mean teacher",

@@ -7,7 +7,15 @@ for each class, so that look-ups agree and objects pickle.
 from nnssl.trainers.cps import CPSTrainer
 from nnssl.trainers.diffcl import DiffCLTrainer
 from nnssl.trainers.diffrect import DiffRectTrainer
+from nnssl.trainers.generic_ssl import GenericSSLTrainer
 from nnssl.trainers.mean_teacher import MeanTeacherTrainer
 from nnssl.trainers.supervised import SupervisedTrainer
 
-__all__ = ["CPSTrainer", "DiffCLTrainer", "DiffRectTrainer", "MeanTeacherTrainer", "SupervisedTrainer"]
+__all__ = [
+    "CPSTrainer",
+    "DiffCLTrainer",
+    "DiffRectTrainer",
+    "GenericSSLTrainer",
+    "MeanTeacherTrainer",
+    "SupervisedTrainer",
+]
