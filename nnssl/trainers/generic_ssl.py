@@ -61,7 +61,7 @@ class GenericSSLTrainer(SemiSupervisedTrainer):
         s = self.settings
         self.noise = NoiseSchedule.scaled_linear(s.timesteps).to(self.device)  # T = 1000: beta from 1e-4 to 0.02
         self.difficulty = self.modules["difficulty"] = Difficulty(
-            self.label_space.num_heads, s.drs_alpha, s.drs_window, s.drs_norm, s.drs_hold, self.device
+            self.label_space.num_heads, s.drs_alpha, s.drs_window, s.drs_norm, s.drs_memory, s.drs_hold, self.device
         )
         if s.decoder_init == "shared":
             self.diff_vnet.share_start()

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from nnssl.diffusion.samplers import spaced_timesteps
 from nnssl.errors import UserError
 from nnssl.trainers.settings import UnsupervisedSettings, option
-from nnssl.training.difficulty import NORMS
+from nnssl.training.difficulty import MEMORIES, NORMS
 from nnssl.training.ramps import schedule
 
 PLANNED = "nnssl.networks.diff_vnet.PlannedDiffVNet"
@@ -65,6 +65,9 @@ class GenericSSLSettings(UnsupervisedSettings):
     drs_branch: str = option("xi", "branch whose Dice tells the difficulty", choices=("xi", "psi"))
     drs_alpha: float = option(0.2, "alpha: exponent of the difficulty", low=0)
     drs_window: int = option(50, "tau: iterations remembered", low=1)
+    drs_memory: str = option(
+        "average", "how: a moving average (the code), or a sum over the last tau (the paper)", choices=MEMORIES
+    )
     drs_norm: str = option("none", "W: K d w (the code), d w (the paper), K d w / max d w (DHC)", choices=NORMS)
     drs_hold: bool = option(True, "leave absent classes alone (the code: an absent class has Dice 1/2)")
     drs_background: bool = option(False, "psi's Dice counts the background too (the paper: true)")

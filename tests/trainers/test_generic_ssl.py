@@ -424,6 +424,7 @@ SWITCHES = {
     "drs background": {"drs_background": True},
     "drs alpha": {"drs_alpha": 0.5},
     "drs window": {"drs_window": 5},
+    "drs sum": {"drs_memory": "sum"},
     "bf16": {"sampling_bf16": True},
 }
 

@@ -1,6 +1,7 @@
 """DRS: the formula in float64, the published trajectories, absent classes, and exact resumption."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -35,6 +36,34 @@ def test_weights_follow_the_equations(alpha, window):
         weights = state.update(counts(*row.tolist()))
     expected = [trajectory(series[:, k].tolist(), 3, alpha, window) for k in range(3)]
     assert weights.tolist() == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize("length", [3, 5, 12])
+def test_a_sum_remembers_the_last_iterations_alone(length):
+    """Equation 3 in plain floats, with tau = 5."""
+    series = torch.rand(length, 2, generator=torch.Generator().manual_seed(1)).mul(0.9).add(0.05).tolist()
+    state = Difficulty(2, window=5, memory="sum")
+    for row in series:
+        weights = state.update(counts(*row))
+    for k in range(2):
+        dice = [1e-8, *(row[k] for row in series)]
+        terms = [((b - a) * math.log(b / a), b > a, 1 - b) for a, b in pairwise(dice)][-5:]
+        up, down = (sum(t for t, rose, _ in terms if rose == wanted) for wanted in (True, False))
+        reverse = sum(missing for *_, missing in terms) / len(terms)
+        assert weights[k].item() == pytest.approx(2 * ((down + 1e-8) / (up + 1e-8)) ** 0.2 * reverse, rel=1e-3)
+
+
+def test_a_sum_waits_for_an_absent_class():
+    state = Difficulty(2, window=3, memory="sum")
+    for dice in (0.5, 0.4):
+        state.update(counts(dice, dice))
+    before = {name: value.clone() for name, value in state.state_dict().items()}
+    absent = counts(0.6, 0.6)
+    absent[:, 1] = 0
+    state.update(absent)
+    for name, value in state.state_dict().items():
+        assert torch.equal(value[..., 1], before[name][..., 1]), name
+        assert name == "unlearn" or not torch.equal(value[..., 0], before[name][..., 0]), name  # Dice only rose
 
 
 def test_first_steps_of_the_published_formula():
@@ -74,8 +103,8 @@ def test_an_absent_class_is_left_alone():
     absent[:, 2] = 0
     weights = state.update(absent)
     for name, value in state.state_dict().items():
-        assert torch.equal(value[2], before[name][2]), name
-        assert not torch.equal(value[:2], before[name][:2]), name
+        assert torch.equal(value[..., 2], before[name][..., 2]), name
+        assert name in ("latest", "filled") or not torch.equal(value[:2], before[name][:2]), name
     assert torch.isfinite(weights).all()
 
 
@@ -124,11 +153,12 @@ def test_weights_are_positive_single_precision_under_half_precision():
     assert (weights > 0).all()
 
 
-def test_a_saved_state_goes_on_exactly():
-    first = Difficulty(3)
+@pytest.mark.parametrize("memory", ["average", "sum"])
+def test_a_saved_state_goes_on_exactly(memory):
+    first = Difficulty(3, memory=memory)
     for dice in (0.1, 0.4, 0.3):
         first.update(counts(dice, dice / 2, 0.9))
-    second = Difficulty(3)
+    second = Difficulty(3, memory=memory)
     second.load_state_dict({k: v.clone() for k, v in first.state_dict().items()})
     assert torch.equal(first.update(counts(0.5, 0.2, 0.7)), second.update(counts(0.5, 0.2, 0.7)))
 
@@ -141,6 +171,7 @@ def test_counts_are_voxels_of_each_class():
     assert count_voxels(predicted, labeled).tolist() == [[2, 0], [3, 1], [3, 0]]
 
 
-def test_unknown_norms_are_refused():
-    with pytest.raises(ValueError, match="norm"):
-        Difficulty(2, norm="sum")
+def test_unknown_norms_and_memories_are_refused():
+    for wrong in ({"norm": "sum"}, {"memory": "max"}):
+        with pytest.raises(ValueError, match="norm is one of"):
+            Difficulty(2, **wrong)
