@@ -34,7 +34,7 @@ from nnssl.trainers.recording import epoch_line, epoch_record, memory_note, obje
 from nnssl.trainers.run_options import RunOptions
 from nnssl.trainers.settings import Settings
 from nnssl.trainers.state import collect_state, require_own, restore_state
-from nnssl.trainers.stepping import LossGroup, Partner, StepRunner, broadcast_weights, make_sgd, unwrap
+from nnssl.trainers.stepping import LossGroup, Partner, StepRunner, broadcast_weights, make_optimizer, unwrap
 from nnssl.training.checkpoints import load_safely, require_space, save_atomically
 from nnssl.training.ema import EMATeacher
 from nnssl.training.foreground import ForegroundWatch
@@ -164,7 +164,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         seed_everything(self.run_options.seed, 0, Stream.INIT, 1)  # partners do not depend on the network's draws
         self.build_method()
         optimizers = {"network": self.optimizer} | {name: p.optimizer for name, p in self.partners.items()}
-        self.stepper = StepRunner(optimizers, self.grad_scaler, self.is_ddp)
+        self.stepper = StepRunner(optimizers, self.grad_scaler, self.is_ddp, self.settings.gradient_clip)
         self.dataset_class = infer_dataset_class(self.preprocessed_dataset_folder)
         self.was_initialized = True
 
@@ -179,8 +179,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
 
     def make_optimizer(self, module: nn.Module) -> torch.optim.Optimizer:
         """Build the optimizer that every network of every method gets."""
-        s = self.settings
-        return make_sgd(module, s.initial_lr, s.momentum, s.nesterov, s.weight_decay)
+        return make_optimizer(module, self.settings, self.lr_factor)
 
     def configure_optimizers(self) -> tuple[torch.optim.Optimizer, None]:
         """Return the optimizer of the network; the base steps the learning rate itself, per iteration."""
@@ -281,8 +280,13 @@ class SemiSupervisedTrainer(nnUNetTrainer):
 
     def learning_rate(self, name: str = "network") -> float:
         """Return a network's learning rate at this step: nnU-Net's poly decay, per iteration, or constant."""
-        poly = self.settings.lr_schedule == "poly"
-        return self.settings.initial_lr * ((1 - self.fraction) ** 0.9 if poly else 1.0)
+        s = self.settings
+        rate = s.initial_lr * ((1 - self.fraction) ** 0.9 if s.lr_schedule == "poly" else 1.0)
+        return rate * min(1.0, (self.global_step + 1) / s.warmup) if s.warmup else rate
+
+    def lr_factor(self, name: str) -> float:
+        """Return the factor of the learning rate of a parameter, by its name in its network."""
+        return 1.0
 
     def train_step(self, batch: dict) -> dict[str, float]:
         """Run one step of the method and return its named scalars (one device synchronization)."""
@@ -290,7 +294,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         batch = to_device(batch, self.device)
         for name, optimizer in self.stepper.optimizers.items():
             for group in optimizer.param_groups:
-                group["lr"] = self.learning_rate(name)
+                group["lr"] = self.learning_rate(name) * group.get("lr_factor", 1.0)
         target = full_resolution(batch["target"])
         self.watch.update("labeled", self.label_space.foreground(target), self.label_space.valid(target))
         self.before_step()

@@ -27,11 +27,14 @@ class Settings:
     The defaults are nnU-Net's own; what a paper used instead stands in its preset.
     """
 
+    optimizer: str = option("sgd", "optimizer; Adam has betas 0.9 and 0.999", choices=("sgd", "adam", "adamw"))
     initial_lr: float = option(0.01, "learning rate at the first step", low=0)
     momentum: float = option(0.99, "momentum of SGD", low=0, high=1)
     nesterov: bool = option(True, "Nesterov momentum")
     weight_decay: float = option(3e-5, "weight decay", low=0)
     lr_schedule: str = option("poly", "learning rate over the run", choices=("poly", "constant"))
+    warmup: int = option(0, "iterations over which the learning rate rises to its course", low=0)
+    gradient_clip: float = option(12.0, "largest norm of a network's gradient", low=1e-6)
     deep_supervision: bool = option(True, "supervised loss on nnU-Net's lower resolutions too")
     unlabeled_batch: int | None = option(None, "unlabeled items a step, global; none = the plan's batch size", low=1)
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from nnssl.trainers.settings import Settings
 
 #: Gradients are clipped to this norm, one network at a time, as nnU-Net does.
 MAX_GRADIENT_NORM = 12.0
@@ -47,13 +51,40 @@ def unwrap(module: nn.Module) -> nn.Module:
     return getattr(module, "_orig_mod", module)
 
 
-def make_sgd(module: nn.Module, lr: float, momentum: float, nesterov: bool, weight_decay: float) -> torch.optim.SGD:
-    """Build nnU-Net's SGD; parameters marked ``_no_weight_decay`` (Mamba's A_log and D) go without decay."""
-    parameters = [p for p in module.parameters() if p.requires_grad]
-    free = [p for p in parameters if getattr(p, "_no_weight_decay", False)]
-    decayed = [p for p in parameters if not getattr(p, "_no_weight_decay", False)]
-    groups = [{"params": decayed}] + ([{"params": free, "weight_decay": 0.0}] if free else [])
-    return torch.optim.SGD(groups, lr, momentum=momentum, nesterov=nesterov and momentum > 0, weight_decay=weight_decay)
+def parameter_groups(module: nn.Module, weight_decay: float, lr_factor: Callable[[str], float]) -> list[dict[str, Any]]:
+    """Return an optimizer's parameter groups: one a learning-rate factor, with and without weight decay.
+
+    Parameters marked ``_no_weight_decay`` (Mamba's A_log and D) go without decay. With one factor and no such
+    parameter there is a single group, of all parameters in their order.
+
+    Args:
+        module: the network.
+        weight_decay: of the other parameters.
+        lr_factor: factor of the learning rate by a parameter's name.
+    """
+    groups: dict[tuple[float, bool], dict[str, Any]] = {}
+    named = [(name, p) for name, p in unwrap(module).named_parameters() if p.requires_grad]
+    for name, p in sorted(named, key=lambda item: getattr(item[1], "_no_weight_decay", False)):
+        factor, free = lr_factor(name), getattr(p, "_no_weight_decay", False)
+        group = groups.setdefault((factor, free), {"params": []} | ({"weight_decay": 0.0} if free else {}))
+        group["params"].append(p)
+        if factor != 1:
+            group["lr_factor"] = factor
+    return list(groups.values())
+
+
+def make_optimizer(
+    module: nn.Module, settings: Settings, lr_factor: Callable[[str], float] = lambda _: 1.0
+) -> torch.optim.Optimizer:
+    """Build the optimizer that the settings name: nnU-Net's SGD, Adam (coupled decay) or AdamW."""
+    groups = parameter_groups(module, settings.weight_decay, lr_factor)
+    lr, decay = settings.initial_lr, settings.weight_decay
+    if settings.optimizer == "adam":
+        return torch.optim.Adam(groups, lr, weight_decay=decay)
+    if settings.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr, weight_decay=decay)
+    nesterov = settings.nesterov and settings.momentum > 0
+    return torch.optim.SGD(groups, lr, momentum=settings.momentum, nesterov=nesterov, weight_decay=decay)
 
 
 def parameters_of(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
@@ -87,8 +118,14 @@ def broadcast_weights(module: nn.Module) -> None:
 class StepRunner:
     """Drives a method's loss groups: backward, unscale, clip, step. Holds the only backward call of the package."""
 
-    def __init__(self, optimizers: dict[str, torch.optim.Optimizer], scaler, distributed: bool) -> None:
-        self.optimizers, self.scaler, self.distributed = optimizers, scaler, distributed
+    def __init__(
+        self,
+        optimizers: dict[str, torch.optim.Optimizer],
+        scaler,
+        distributed: bool,
+        max_norm: float = MAX_GRADIENT_NORM,
+    ) -> None:
+        self.optimizers, self.scaler, self.distributed, self.max_norm = optimizers, scaler, distributed, max_norm
 
     def run(self, groups: Iterable[LossGroup]) -> dict[str, Tensor]:
         """Run one training step and return every named scalar, detached, without synchronizing the device."""
@@ -129,7 +166,7 @@ class StepRunner:
             average_gradients(parameters)
         if self.scaler is not None:
             self.scaler.unscale_(optimizer)
-        nn.utils.clip_grad_norm_(parameters, MAX_GRADIENT_NORM)
+        nn.utils.clip_grad_norm_(parameters, self.max_norm)
         if self.scaler is not None:
             self.scaler.step(optimizer)
         else:
