@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from nnssl.diffusion.process import q_sample
+from nnssl.diffusion.process import predict_x0, q_sample
 from nnssl.diffusion.samplers import ddim_sample, ddpm_sample, spaced_timesteps
 from nnssl.diffusion.schedule import NoiseSchedule
 from nnssl.losses.precision import fp32
@@ -34,7 +34,9 @@ CHOICES = {
     "context": ("both", "label"),
     "fusion": ("add", "concat"),
     "inject": ("input", "skip"),
+    "prediction": ("latent", "noise"),
 }
+LATENT_DISTANCES = ("mean", "norm")
 SCHEDULES = {"cosine": NoiseSchedule.cosine, "linear": NoiseSchedule.scaled_linear}
 SAMPLERS = {"ddim": ddim_sample, "ddpm": ddpm_sample}
 
@@ -59,6 +61,9 @@ class RectifierShape:
         skips: whether the decoder sees the finer levels, or the rectified latent alone.
         inject: whether the condition reaches the denoiser's input, or its last skip only.
         diffusion: whether there is a denoiser (LFR); without it the decoder reads the context's latent.
+        prediction: what the denoiser's output is, the clean latent or the noise in it.
+        detach_condition: the denoised latent that the latent losses see has a condition without gradient, so that
+            they cannot be lowered by an encoder that forgets the label.
         timesteps: T of the diffusion.
         schedule: a key of `SCHEDULES`.
 
@@ -81,6 +86,8 @@ class RectifierShape:
     skips: bool = True
     inject: str = "input"
     diffusion: bool = True
+    prediction: str = "latent"
+    detach_condition: bool = False
     timesteps: int = 10
     schedule: str = "cosine"
 
@@ -154,8 +161,17 @@ class Rectifier(nn.Module):
                 beside = image if good_image is None else good_image
                 features_image = from_image if good_image is None else self.image_encoder(beside, embedding)
                 target = self._context(beside, good, features_image, embedding)[-1].detach()
-            estimate = self.denoiser(q_sample(target.float(), t, noise, self.noise), t, condition)
-        return Rectified(self.decoder([*features[:-1], estimate], embedding), estimate, target)
+            noised = q_sample(target.float(), t, noise, self.noise)
+            estimate = self._clean(self.denoiser, noised, t, condition)
+        logits = self.decoder([*features[:-1], estimate], embedding)
+        if target is not None and self.shape.detach_condition:
+            estimate = self._clean(self.denoiser, noised, t, condition.detach())
+        return Rectified(logits, estimate, target)
+
+    def _clean(self, denoiser: nn.Module, noised: Tensor, t: Tensor, condition: Tensor) -> Tensor:
+        """Return the denoiser's estimate of the clean latent."""
+        output = denoiser(noised, t, condition).float()
+        return output if self.shape.prediction == "latent" else predict_x0(noised, t, output, self.noise)
 
     def _context(self, image: Tensor, label: Tensor, from_image: list[Tensor], embedding: Tensor) -> list[Tensor]:
         seen = torch.cat([image, label], 1) if self.shape.context == "both" else label
@@ -164,7 +180,7 @@ class Rectifier(nn.Module):
     @torch.no_grad()
     def _sample(self, denoiser: nn.Module, condition: Tensor, noise: Tensor, sampling: Sampling) -> Tensor:
         def x0(y: Tensor, t: Tensor) -> Tensor:
-            estimate = denoiser(y, t, condition).float()
+            estimate = self._clean(denoiser, y, t, condition)
             return estimate.clamp(-1, 1) if sampling.clamp else estimate
 
         steps = spaced_timesteps(self.noise.steps, sampling.steps)
@@ -242,6 +258,13 @@ def rectifier_levels(
 
 
 @fp32
-def latent_loss(estimate: Tensor, target: Tensor) -> Tensor:
-    """Return the mean squared error of an estimated latent (L_Lat of eq. 13, as mean over all its elements)."""
-    return (estimate - target).square().mean()
+def latent_loss(estimate: Tensor, target: Tensor, distance: str = "mean") -> Tensor:
+    """Return L_Lat of eq. 13 of an estimated latent: the mean squared error, or the norm of an item's error.
+
+    Args:
+        estimate: (b, width, ...).
+        target: (b, width, ...).
+        distance: "mean", over all elements, as in the code, or "norm", the mean of ``||estimate - target||_2``.
+    """
+    error = estimate - target
+    return error.square().mean() if distance == "mean" else torch.linalg.vector_norm(error.flatten(1), dim=1).mean()

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from nnssl.data.photometric import published_views
+from nnssl.diffusion.samplers import spaced_timesteps
 from nnssl.losses.complementary import weighted_complementary_loss
 from nnssl.losses.segmentation import dice_and_cross_entropy
 from nnssl.networks.rectifier import Rectified, Rectifier, latent_loss, latent_size
@@ -75,6 +76,8 @@ class DiffRectTrainer(SemiSupervisedTrainer):
         shape = rectifier_shape(
             s, architecture, config.patch_size, self.num_input_channels, self.colors.shape[1], classes
         )
+        every = range(s.timesteps) if s.time_steps == "all" else spaced_timesteps(s.timesteps, s.sampling_steps)
+        self.time_steps = torch.tensor(list(every), device=self.device)
         rectifier = Rectifier(shape)
         self.latent_shape = (shape.width * 2 ** len(shape.strides), *latent_size(shape))
         self.rectifier = self.add_partner("rectifier", rectifier)
@@ -89,9 +92,9 @@ class DiffRectTrainer(SemiSupervisedTrainer):
         return super().learning_rate(name)
 
     def branches(self, x: Tensor) -> dict[str, Tensor]:
-        """Return theta, and R's mending of theta's own label."""
+        """Return theta, and R's mending of theta's own label; R learns nothing without unlabeled cases."""
         outputs = {"network": self.predict_logits(x)}
-        if self.settings.rect_weight > 0:
+        if self.settings.rect_weight > 0 and self.unlabeled_ids:
             y_w = self.label(self.label_space.probs(outputs["network"]))[0]
             outputs["rectified"] = self._sampled(x, y_w).logits
         return outputs
@@ -105,7 +108,8 @@ class DiffRectTrainer(SemiSupervisedTrainer):
             loss = self.supervised_loss(self.network(image), batch["target"])
             yield LossGroup({"loss_supervised": loss}, step=("network",))
             return
-        weight, rect = s.unsupervised(self.fraction), self._rect_weight()
+        weight = s.unsupervised(self.fraction)
+        rect = self._rect_weight() if s.w2g or weight > 0 else 0.0  # R must have learned from somewhere
         step, terms = self._look(batch, unlabeled, weight)
         yield LossGroup(terms, step=() if s.merged and rect > 0 else ("network",))
         if s.rect_weight > 0:
@@ -150,7 +154,8 @@ class DiffRectTrainer(SemiSupervisedTrainer):
         s, n = self.settings, step.labeled
         strong_to_weak = s.s2w and weight > 0
         tau = self._tau(step.labels_weak[:n], step.truth, step.valid[:n])
-        self.tau.update(tau)
+        own = self._tau(step.labels_strong[n:], step.labels_weak[n:], step.valid[n:])
+        self.tau.update(tau if s.rectify_guidance == "labeled" else own)
         better = step.probs_weak
         if s.w2g:
             terms, better = self._weak_to_truth(step, tau)
@@ -162,43 +167,58 @@ class DiffRectTrainer(SemiSupervisedTrainer):
         """Return the terms of W2G (L_Lat-L and R's segmentation loss on l), and what R makes of y_w (probabilities)."""
         s, n = self.settings, step.labeled
         guidance = torch.cat([tau, tau.mean().expand(len(step.weak) - n)])
-        good = torch.cat([step.truth.long(), step.labels_weak[n:]])  # u reconstructs itself
+        good = torch.cat([self._truth(step), step.labels_weak[n:]])  # u reconstructs itself
         out = self._transport(step.weak, step.labels_weak, guidance, good)
-        probs = self.label_space.probs(out.logits).detach()
-        self.watch_foreground("rectified", self.label(probs)[0][n:], step.valid[n:])
         terms = {"loss_rect_w2g": self.hard_loss(out.logits[:n], step.truth, step.valid[:n], 1.0)}
-        if out.latent is not None and out.target is not None:
-            rows = slice(None) if s.latent_rows == "all" else slice(None, n)
-            terms["loss_latent_l"] = s.lat_l_weight * latent_loss(out.latent[rows], out.target[rows])
-        return terms, probs
+        if out.latent is not None:
+            terms["loss_latent_l"] = s.lat_l_weight * self._latent_loss(out, slice(None, n))
+        return terms, self.label_space.probs(out.logits).detach()
 
     def _strong_to_weak(self, step: Step, better: Tensor, weight: float) -> dict[str, Tensor]:
         """Return the terms of S2W (L_Lat-U and R's segmentation loss on u); ``better``: probabilities W2G gave."""
         s, n = self.settings, step.labeled
+        rows, u = (slice(None), slice(n, None)) if s.whole_strong_to_weak else (slice(n, None), slice(None))
         known = {"rectified": self.label(better), "weak": self.label(step.probs_weak)}
         peer, (target, sure) = known[s.strong_guidance][0], known[s.s2w_target]
         tau = self._tau(step.labels_strong[n:], peer[n:], step.valid[n:])
-        guidance = torch.cat([tau.mean().expand(n), tau])
-        image = step.weak if s.s2w_image == "weak" else None
-        out = self._transport(step.strong, step.labels_strong, guidance, step.labels_weak, image)
-        terms = {
-            "loss_rect_s2w": weight * self.hard_loss(out.logits[n:], target[n:], (step.valid & sure)[n:], s.pl_dice)
-        }
-        if out.latent is not None and out.target is not None:
-            rows = slice(None) if s.latent_rows == "all" else slice(n, None)
-            terms["loss_latent_u"] = weight * s.lat_u_weight * latent_loss(out.latent[rows], out.target[rows])
+        guidance, good = torch.cat([tau.mean().expand(n), tau]), step.labels_weak
+        if s.s2g:
+            guidance = torch.cat([self._tau(step.labels_strong[:n], step.truth, step.valid[:n]), tau])
+            good = torch.cat([self._truth(step), step.labels_weak[n:]])
+        image = step.weak[rows] if s.s2w_image == "weak" else None
+        out = self._transport(step.strong[rows], step.labels_strong[rows], guidance[rows], good[rows], image)
+        counted = (step.valid & sure)[n:]
+        terms = {"loss_rect_s2w": weight * self.hard_loss(out.logits[u], target[n:], counted, s.pl_dice)}
+        if s.s2g:
+            terms["loss_rect_s2g"] = self.hard_loss(out.logits[:n], step.truth, step.valid[:n], 1.0)
+        if out.latent is not None:
+            terms["loss_latent_u"] = weight * s.lat_u_weight * self._latent_loss(out, u)
         if s.complementary:
             probs = self.label_space.probs(out.logits)
-            terms["loss_rect_complementary"] = weight * weighted_complementary_loss(probs, better, step.valid)
+            terms["loss_rect_complementary"] = weight * weighted_complementary_loss(
+                probs, better[rows], step.valid[rows]
+            )
         return terms
+
+    def _truth(self, step: Step) -> Tensor:
+        """Return the labeled items' truth; ignored voxels, of which nothing is known, keep theta's label."""
+        return step.truth.long().where(step.valid[: step.labeled], step.labels_weak[: step.labeled])
+
+    def _latent_loss(self, out: Rectified, own: slice) -> Tensor:
+        rows = slice(None) if self.settings.latent_rows == "all" else own
+        return latent_loss(out.latent[rows], out.target[rows], self.settings.latent_distance)
 
     def _rectify(self, step: Step, weight: float) -> LossGroup:
         """Return L_Rect: theta learns what the just updated R makes of y_w."""
         s, n = self.settings, step.labeled
         # batch norm takes its statistics over the whole batch, as in the code; otherwise only u is needed
         rows, u = (slice(None), slice(n, None)) if s.whole_batch else (slice(n, None), slice(None))
-        probs = self.label_space.probs(self._sampled(step.weak[rows], step.labels_weak[rows]).logits)
+        tau = None
+        if s.rectify_guidance == "own":
+            tau = self._tau(step.labels_strong[rows], step.labels_weak[rows], step.valid[rows])
+        probs = self.label_space.probs(self._sampled(step.weak[rows], step.labels_weak[rows], tau).logits)
         y_r, sure = (tensor[u] for tensor in self.label(probs))
+        self.watch_foreground("rectified", y_r, step.valid[n:])
         logits = full_resolution(self.network((step.weak if s.rect_view == "weak" else step.strong)[rows]))[u]
         loss = self.hard_loss(logits, y_r, step.valid[n:] & sure, s.pl_dice)
         counted = step.valid[n:]
@@ -210,16 +230,17 @@ class DiffRectTrainer(SemiSupervisedTrainer):
         self, image: Tensor, labels: Tensor, tau: Tensor, good: Tensor, good_image: Tensor | None = None
     ) -> Rectified:
         """Run R's training pass: colored labels, the colored better map, and a random time step an item."""
-        t = torch.randint(0, self.settings.timesteps, (len(image),), device=self.device)
+        steps = self.time_steps
+        t = steps[torch.randint(0, len(steps), (len(image),), device=self.device)]
         noise = torch.randn(len(image), *self.latent_shape, device=self.device)
         colored, better = colorize(labels, self.colors), colorize(good, self.colors)
         return self.rectifier(image, colored, tau, good=better, good_image=good_image, t=t, noise=noise)
 
     @torch.no_grad()
-    def _sampled(self, image: Tensor, labels: Tensor) -> Rectified:
-        """Run R from noise, guided by the tau of labeled items: no better map is known here."""
+    def _sampled(self, image: Tensor, labels: Tensor, tau: Tensor | None = None) -> Rectified:
+        """Run R from noise, guided by ``tau`` (b,), or by the latest one: no better map is known here."""
         noise = torch.randn(len(image), *self.latent_shape, device=self.device)
-        tau, training = self.tau.expand(len(image)), self.rectifier.training
+        tau, training = self.tau.expand(len(image)) if tau is None else tau, self.rectifier.training
         self.rectifier.train(training and self.settings.sample_dropout)
         colored = colorize(labels, self.colors)
         rectified = self.rectifier(image, colored, tau, noise=noise, sampling=self.settings.sampling())

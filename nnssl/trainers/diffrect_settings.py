@@ -7,14 +7,21 @@ from dataclasses import dataclass
 from typing import Any
 
 from nnssl.errors import UserError
-from nnssl.networks.rectifier import CHOICES, SAMPLERS, SCHEDULES, RectifierShape, Sampling, rectifier_levels
+from nnssl.networks.rectifier import (
+    CHOICES,
+    LATENT_DISTANCES,
+    SAMPLERS,
+    SCHEDULES,
+    RectifierShape,
+    Sampling,
+    rectifier_levels,
+)
 from nnssl.trainers.settings import UnsupervisedSettings, option
 from nnssl.training.coloring import SCHEMES
 from nnssl.training.guidance import MEASURES
 from nnssl.training.ramps import schedule
 
 LITERATURE_UNET = "nnssl.networks.conv_unet.LiteratureUNet"
-LATENT_ROWS = ("all", "own")
 #: Channels of the rectifier at full resolution: at least, and beside the literature's U-Net.
 MIN_WIDTH, LITERATURE_WIDTH = 4, 16
 
@@ -54,6 +61,11 @@ class DiffRectSettings(UnsupervisedSettings):
     guidance_per_item: bool = option(True, "one tau an item (the code: one a batch)")
     guidance_present: bool = option(True, "average over the classes present (the code: all, an absent one counts 1)")
     guidance_ema: float = option(0.0, "decay of the labeled tau used to rectify; 0 = this step's", low=0, high=0.999)
+    rectify_guidance: str = option(
+        "labeled",
+        "tau when rectifying u: labeled = that of labeled items, own = strong against weak label (the paper)",
+        choices=("labeled", "own"),
+    )
     strong_guidance: str = option(
         "rectified", "map the strong label is compared with (the paper: weak)", choices=("rectified", "weak")
     )
@@ -67,6 +79,11 @@ class DiffRectSettings(UnsupervisedSettings):
     noise_schedule: str = option("cosine", "noise schedule", choices=tuple(SCHEDULES))
     sampler: str = option("ddim", "sampler (the paper prints ddpm)", choices=tuple(SAMPLERS))
     sampling_steps: int = option(2, "steps of a sampling", low=1)
+    time_steps: str = option(
+        "visited", "time steps R trains at: those a sampling visits, or all (the code)", choices=("visited", "all")
+    )
+    prediction: str = option("latent", "what the denoiser predicts", choices=CHOICES["prediction"])
+    detach_condition: bool = option(False, "L_Lat trains the denoiser alone, not the condition's encoder")
     sample_dropout: bool = option(False, "dropout and batch statistics stay on while R samples (the code: true)")
     clamp: bool = option(False, "clamp sampled latents to -1..1 (the code: true)")
     inject: str = option("input", "where the condition enters the denoiser (the code: skip)", choices=CHOICES["inject"])
@@ -75,12 +92,19 @@ class DiffRectSettings(UnsupervisedSettings):
     w2g: bool = option(True, "weak-to-ground-truth transportation")
     s2w_target: str = option("rectified", "label of the strong-to-weak pass", choices=("rectified", "weak"))
     s2w_image: str = option("strong", "image beside the better map of strong-to-weak", choices=("strong", "weak"))
-    latent_rows: str = option("all", "items of the latent losses (the paper: own = U or L)", choices=LATENT_ROWS)
+    s2g: bool = option(False, "strong-to-ground-truth too: strong labeled views learn the truth (ours)")
+    latent_rows: str = option(
+        "own", "items of the latent losses: own = L or U (the paper), all (the code)", choices=("own", "all")
+    )
+    latent_distance: str = option(
+        "mean", "latent losses: mean square over elements, or norm of each item (the paper)", choices=LATENT_DISTANCES
+    )
     lat_u_weight: float = option(1.0, "lambda_1: weight of L_Lat-U, times the unsupervised schedule", low=0)
     lat_l_weight: float = option(1.0, "lambda_2: weight of L_Lat-L", low=0)
     rectifier_width: int | None = option(
         None, "channels of the rectifier at full resolution; none = half of the plan's (the code: 16)", low=4
     )
+    rectifier_dropout: bool = option(True, "dropout in its encoders, at the literature's rates")
     rectifier_lr_schedule: str = option("poly", "its learning rate (the code: constant)", choices=("poly", "constant"))
 
     def validate(self) -> None:
@@ -97,6 +121,9 @@ class DiffRectSettings(UnsupervisedSettings):
         if self.rect_weight > 0 and not (self.w2g or self.s2w):
             rule = "the rectifier must learn from somewhere"
             raise UserError(rule, "w2g=False s2w=False", "one of them", "or set rect_weight=0")
+        if self.rect_weight > 0 and not self.w2g and self.unsupervised_weight == 0:
+            rule = "the rectifier must learn from somewhere; strong-to-weak has the unsupervised weight"
+            raise UserError(rule, "w2g=False unsupervised_weight=0", "one of them", "or set rect_weight=0")
         if not self.w2g and "rectified" in (self.s2w_target, self.strong_guidance):
             rule = "without w2g there is no rectified label to learn from or to compare with"
             got = f"s2w_target={self.s2w_target} strong_guidance={self.strong_guidance}"
@@ -109,6 +136,11 @@ class DiffRectSettings(UnsupervisedSettings):
     def whole_batch(self) -> bool:
         """Whether batch norm somewhere takes its statistics over labeled and unlabeled items, as in the code."""
         return self.norm == "batch" or self.network == "literature"
+
+    @property
+    def whole_strong_to_weak(self) -> bool:
+        """Whether strong-to-weak sees labeled items, which otherwise enter none of its losses."""
+        return self.whole_batch or self.latent_rows == "all" or self.s2g
 
     def sampling(self) -> Sampling:
         """Return how a latent is sampled."""
@@ -167,11 +199,14 @@ def rectifier_shape(
         or max(MIN_WIDTH, kwargs["features_per_stage"][0] // 2 if planned else LITERATURE_WIDTH),
         norm=settings.norm,
         conditioning=settings.conditioning,
+        dropout=settings.rectifier_dropout,
         context=settings.context,
         fusion=settings.fusion,
         skips=settings.skips,
         inject=settings.inject,
         diffusion=settings.diffusion,
+        prediction=settings.prediction,
+        detach_condition=settings.detach_condition,
         timesteps=settings.timesteps,
         schedule=settings.noise_schedule,
     )

@@ -62,7 +62,7 @@ TRAINERS: dict[str, TrainerInfo] = {
         "DiffRect",
         "Liu et al., MICCAI 2024",
         "weak and strong views, latent diffusion rectifies pseudo-labels",
-        5.3,
+        4.9,
         2.2,
         "the segmentation network",
     ),

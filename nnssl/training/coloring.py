@@ -10,7 +10,7 @@ from torch import Tensor
 
 #: The paper's colors, then the other corners of the cube. For four classes they are one-hot in red, green and blue.
 PUBLISHED = ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 1), (1, 1, 0), (1, 0, 1), (0, 1, 1))
-SCHEMES = ("published", "distant", "onehot")
+SCHEMES = ("published", "distant", "onehot", "gray")
 
 
 def color_table(classes: int, scheme: str = "published") -> Tensor:
@@ -20,7 +20,7 @@ def color_table(classes: int, scheme: str = "published") -> Tensor:
         classes: C, background included.
         scheme: "published" takes the paper's colors up to 4 classes, cube corners up to 8, then the farthest points of
             a grid; "distant" the farthest of corners and such points from the start; "onehot" one channel a foreground
-            class.
+            class; "gray" one channel of evenly spaced grey values, a label map as it is stored.
 
     Raises:
         ValueError: fewer than two classes, or an unknown scheme.
@@ -29,6 +29,8 @@ def color_table(classes: int, scheme: str = "published") -> Tensor:
         raise ValueError(f"need two classes or more and one of {SCHEMES}, got {classes} and {scheme!r}")
     if scheme == "onehot":
         return torch.eye(classes)[:, 1:]
+    if scheme == "gray":
+        return torch.linspace(0, 1, classes)[:, None]
     if scheme == "published" and classes == 2:
         return torch.tensor([PUBLISHED[0], PUBLISHED[4]], dtype=torch.float32)  # black and white
     if scheme == "published" and classes <= len(PUBLISHED):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 MEASURES = ("dice", "jaccard", "both", "fixed", "random")
@@ -67,9 +68,12 @@ class RunningGuidance:
 
     @torch.no_grad()
     def update(self, values: Tensor) -> None:
-        """Take in the guidance of a batch (b,), without a device synchronization."""
-        keep = self.decay * (self.seen > 0)
-        self.value = keep * self.value + (1 - keep) * values.mean()
+        """Take in the guidance of a batch (b,), of all ranks alike, without a device synchronization."""
+        keep, mean = self.decay * (self.seen > 0), values.mean()
+        if dist.is_initialized():
+            dist.all_reduce(mean)
+            mean = mean / dist.get_world_size()
+        self.value = keep * self.value + (1 - keep) * mean
         self.seen = torch.ones_like(self.seen)
 
     def expand(self, count: int) -> Tensor:

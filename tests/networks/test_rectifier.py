@@ -374,3 +374,70 @@ def test_an_unknown_part_is_refused_by_name(part):
 def test_a_style_knows_its_norms_and_conditionings(style):
     with pytest.raises(ValueError, match="unknown"):
         Style(2, **style)
+
+
+def test_a_denoiser_may_predict_the_noise():
+    """With the true noise as its output the estimate is the true latent, at every time step."""
+    rectifier = make(prediction="noise")
+    data = inputs(rectifier)
+    rectifier.denoiser.forward = lambda noised, t, condition: data["noise"]
+    out = rectifier(**data)
+    assert torch.allclose(out.latent, out.target, atol=2e-3)
+    rectifier.denoiser.forward = lambda noised, t, condition: data["noise"] + 1
+    assert not torch.allclose(rectifier(**data).latent, out.target, atol=2e-2)
+
+
+def test_a_detached_condition_keeps_the_latent_loss_from_the_encoders_but_not_the_decoder():
+    for detached in (False, True):
+        rectifier = make(detach_condition=detached)
+        out = rectifier(**inputs(rectifier))
+        encoder = rectifier.context_encoder.blocks[-1].conv2.weight
+        error = latent_loss(out.latent, out.target)
+        (reached,) = torch.autograd.grad(error, encoder, retain_graph=True, allow_unused=True)
+        assert (reached is None) == detached
+        assert torch.autograd.grad(out.logits.sum(), encoder, retain_graph=True)[0].abs().sum() > 0
+        denoiser = rectifier.denoiser.up2.block.conv2.weight
+        assert torch.autograd.grad(error, denoiser)[0].abs().sum() > 0
+
+
+def test_the_norm_of_an_items_error_is_the_root_of_its_sum_of_squares():
+    estimate, target = torch.zeros(2, 3, 4), torch.zeros(2, 3, 4)
+    estimate[0, 0, 0], estimate[0, 1, 2], estimate[1, 2, 3] = 3.0, 4.0, 7.0
+    assert latent_loss(estimate, target, "norm").item() == pytest.approx((5 + 7) / 2)
+    assert latent_loss(estimate, target, "mean").item() == pytest.approx((9 + 16 + 49) / 24)
+
+
+def test_a_rectifier_learns_to_mend_labels_and_samples_the_mended_ones():
+    """Squares of random size; the labels it is given are shifted by 5 pixels, the image shows where they belong."""
+    rectifier = make(((32, 32), ((2, 2),) * 3, ((3, 3),) * 4), width=8)
+    optimizer = torch.optim.Adam(rectifier.parameters(), 3e-3)
+    generator = torch.Generator().manual_seed(0)
+
+    def scene(count: int = 8) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        truth = torch.zeros(count, 1, 32, 32, dtype=torch.long)
+        for item in truth:
+            x, y, size = torch.randint(6, 16, (3,), generator=generator).tolist()
+            item[0, x : x + size // 2 + 3, y : y + size // 2 + 3] = 1
+        image = truth + 0.3 * torch.randn(truth.shape, generator=generator)
+        return image, truth.roll(5, 2), truth
+
+    def colored(labels: torch.Tensor) -> torch.Tensor:
+        return labels.expand(-1, 3, -1, -1).float()
+
+    tau = torch.full((8,), 500.0)
+    for _ in range(60):
+        image, shifted, truth = scene()
+        t, noise = torch.randint(0, 2, (8,), generator=generator) * 9, torch.randn(8, 64, 4, 4, generator=generator)
+        out = rectifier(image, colored(shifted), tau, good=colored(truth), t=t, noise=noise)
+        loss = F.cross_entropy(out.logits, truth[:, 0]) + latent_loss(out.latent, out.target)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    image, shifted, truth = scene()
+    with torch.no_grad():
+        noise = torch.randn(8, 64, 4, 4, generator=generator)
+        mended = rectifier(image, colored(shifted), tau, noise=noise, sampling=Sampling()).logits.argmax(
+            1, keepdim=True
+        )
+    dice = [2 * (labels * truth).sum() / (labels + truth).sum() for labels in (shifted, (mended == 1).long())]
+    assert dice[1] > dice[0] + 0.2

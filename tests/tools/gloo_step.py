@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from nnssl.trainers.launch import Job, read_plans
 from nnssl.trainers.registry import trainer_class
@@ -27,10 +28,13 @@ def main() -> None:
     for batch in batches:
         trainer.train_step(batch)
     networks = {"network": trainer.network} | {n: p.module for n, p in trainer.partners.items()}
+    unlabeled = batches[0].get("unlabeled")
     record = {
         "weights": {n: [p.detach().clone() for p in m.parameters()] for n, m in networks.items()},
+        "guidance": trainer.modules["tau"].state_dict() if "tau" in trainer.modules else {},
         "data": batches[0]["data"],
-        "sizes": [len(batches[0]["data"]), len(batches[0]["unlabeled"]["strong"])],
+        "modules": {n: list(m.state_dict().values()) for n, m in trainer.modules.items() if isinstance(m, nn.Module)},
+        "sizes": [len(batches[0]["data"]), 0 if unlabeled is None else len(unlabeled["strong"])],
     }
     torch.save(record, out / f"rank{dist.get_rank()}.pt")
     dist.destroy_process_group()

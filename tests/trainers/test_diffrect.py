@@ -14,6 +14,7 @@ from nnssl.cli import train
 from nnssl.errors import UserError
 from nnssl.networks.conv_unet import LiteratureUNet
 from nnssl.networks.rectifier import Rectified, Sampling, latent_size, rectifier_levels
+from nnssl.plans.preset import load_preset
 from nnssl.trainers.base import to_device
 from nnssl.trainers.diffrect_settings import DiffRectSettings, rectifier_shape, segmentation_architecture
 from nnssl.training.coloring import colorize
@@ -132,6 +133,52 @@ def test_weights_enter_the_terms_as_equation_13_has_them(made):
         assert changed[term] == pytest.approx(factor * base[term], rel=1e-4), term
 
 
+def test_rectification_has_its_own_weight_and_schedule(made):
+    trainer = made(rect_schedule="linear", rect_weight=3.0, rect_start=0.25)
+    weights = []
+    for trainer.global_step in range(8):
+        weights.append(trainer._rect_weight())
+    assert weights == [0.0, 0.0, *(pytest.approx(3 * i / 8) for i in range(2, 8))]
+
+
+def test_nothing_is_rectified_before_the_rectifier_has_learned(made):
+    only_unlabeled = {"w2g": False, "s2w_target": "weak", "strong_guidance": "weak"}
+    trainer = made(rect_start=0, unsupervised_schedule="warmup50", **only_unlabeled)
+    assert "loss_rectification" not in at_step(trainer, 0)
+    assert "loss_rectification" in at_step(trainer, 4)
+
+
+def entropy_and_dice(logits, target, counted) -> tuple[float, float]:
+    """Return the mean cross-entropy and 1 - Dice (smoothing 1, foreground, over the batch) of counted voxels."""
+    p = logits.softmax(1).movedim(1, 0).flatten(1)[:, counted.flatten()].double().numpy()
+    y = np.eye(len(p))[target.flatten()[counted.flatten()]].T
+    dice = (2 * (p * y).sum(1) + 1) / (p.sum(1) + y.sum(1) + 1)
+    return -np.log((p * y).sum(0)).mean(), 1 - dice[1:].mean()
+
+
+@pytest.mark.parametrize("target", ["rectified", "weak"])
+def test_hard_labels_are_learned_where_they_count_by_the_loss_of_the_settings(made, target):
+    """R's terms and L_Semi by hand, with unsure voxels and voxels outside the mask."""
+    trainer, of_theta, of_r = made(pl_threshold=0.4, pl_dice=0.5, s2w_target=target), [], []
+    batch = to_device(next(trainer.dataloader_train), trainer.device)
+    unlabeled, n = batch["unlabeled"], len(batch["data"])
+    unlabeled["valid"] = torch.rand(unlabeled["valid"].shape, generator=torch.Generator().manual_seed(0)) > 0.3
+    trainer.network.register_forward_hook(lambda _, args, out: of_theta.append(out[0].detach()))
+    trainer.rectifier.register_forward_hook(lambda _, args, out: of_r.append(out.logits.detach()))
+    terms = {name: v.item() for g in trainer.compute_losses(batch) for name, v in g.terms.items()}
+    (strong, weak, *_), (w2g, s2w, _), valid = of_theta, of_r, unlabeled["valid"]
+    labels = {"weak": weak.softmax(1).max(1), "rectified": w2g.softmax(1).max(1)}
+    sure = {name: (p >= 0.4)[n:, None] & valid for name, (p, _) in labels.items()}
+    assert 0 < sure["weak"].sum() < valid.sum()  # the threshold decides something
+    entropy, dice = entropy_and_dice(strong[n:], labels["weak"][1][n:], sure["weak"])
+    assert terms["loss_weak_to_strong"] == pytest.approx(entropy + 0.5 * dice, rel=1e-4)
+    entropy, dice = entropy_and_dice(s2w, labels[target][1][n:], sure[target])
+    assert terms["loss_rect_s2w"] == pytest.approx(entropy + 0.5 * dice, rel=1e-4)
+    truth = batch["target"][0]
+    entropy, dice = entropy_and_dice(w2g[:n], truth.long(), trainer.label_space.valid(truth))
+    assert terms["loss_rect_w2g"] == pytest.approx(entropy + dice, rel=1e-4)
+
+
 def test_the_codes_ramp_has_its_published_values():
     settings = DiffRectSettings(unsupervised_weight=0.1)
     for step, published in {
@@ -190,20 +237,19 @@ def test_the_rectifier_is_given_what_the_paper_says(made):
     batch, (w2g, s2w, rectify) = recorded_step(trainer)
     n, truth, unlabeled, colors = len(batch["data"]), batch["target"][0], batch["unlabeled"], trainer.colors
     assert torch.equal(w2g["image"], torch.cat([batch["weak"], unlabeled["weak"]]))
-    assert torch.equal(s2w["image"], torch.cat([batch["data"], unlabeled["strong"]]))
+    assert torch.equal(s2w["image"], unlabeled["strong"])  # labeled items would enter none of its losses
     # W2G: better is the truth of l, and u's own label
     assert torch.equal(w2g["good"][:n], colorize(truth, colors))
     assert torch.equal(w2g["good"][n:], w2g["label"][n:])
     # S2W: better is the weak view's label
-    assert torch.equal(s2w["good"], w2g["label"])
+    assert torch.equal(s2w["good"], w2g["label"][n:])
     assert s2w["good_image"] is None
-    assert not torch.equal(s2w["label"], w2g["label"])
+    assert not torch.equal(s2w["label"], w2g["label"][n:])
     # tau: of the weak label against the truth; items without a better map of their own take the mean
     y_w = classes_of(w2g["label"], colors)[:n]
     by_hand = guidance_by_hand(y_w, truth.flatten(1).numpy(), trainer.label_space.valid(truth))
     assert w2g["tau"][:n].tolist() == pytest.approx(by_hand, rel=1e-4)
     assert w2g["tau"][n:].tolist() == pytest.approx([w2g["tau"][:n].mean().item()] * len(w2g["tau"][n:]))
-    assert s2w["tau"][:n].tolist() == pytest.approx([s2w["tau"][n:].mean().item()] * n)
     # rectification of u: the label from before the step, guided by the labeled tau
     assert torch.equal(rectify["image"], unlabeled["weak"])
     assert torch.equal(rectify["label"], w2g["label"][n:])
@@ -219,15 +265,61 @@ def test_strong_labels_are_compared_with_the_rectified_or_the_weak_ones(made):
         batch, (w2g, s2w, _) = recorded_step(trainer)
         n, colors = len(batch["data"]), trainer.colors
         peer = answers[0].flatten(1).numpy() if reference == "rectified" else classes_of(w2g["label"], colors)
-        by_hand = guidance_by_hand(classes_of(s2w["label"], colors)[n:], peer[n:], batch["unlabeled"]["valid"])
-        taus[reference] = s2w["tau"][n:].tolist()
+        by_hand = guidance_by_hand(classes_of(s2w["label"], colors), peer[n:], batch["unlabeled"]["valid"])
+        taus[reference] = s2w["tau"].tolist()
         assert taus[reference] == pytest.approx(by_hand, rel=1e-4)
     assert taus["rectified"] != pytest.approx(taus["weak"], rel=1e-3)
 
 
 def test_the_better_map_of_strong_to_weak_may_lie_beside_the_weak_image(made):
-    _, (w2g, s2w, _) = recorded_step(made(s2w_image="weak"))
-    assert torch.equal(s2w["good_image"], w2g["image"])
+    batch, (_, s2w, _) = recorded_step(made(s2w_image="weak"))
+    assert torch.equal(s2w["good_image"], batch["unlabeled"]["weak"])
+
+
+@pytest.mark.parametrize("whole", [{"latent_rows": "all"}, {"norm": "batch"}, {"s2g": True}])
+def test_strong_to_weak_sees_labeled_items_where_they_count(made, whole):
+    batch, (w2g, s2w, _) = recorded_step(trainer := made(**whole))
+    n, truth = len(batch["data"]), batch["target"][0]
+    assert torch.equal(s2w["image"], torch.cat([batch["data"], batch["unlabeled"]["strong"]]))
+    assert torch.equal(s2w["good"][n:], w2g["label"][n:])
+    if "s2g" in whole:  # strong labels of l are compared with the truth, and lead to it
+        strong = classes_of(s2w["label"], trainer.colors)[:n]
+        by_hand = guidance_by_hand(strong, truth.flatten(1).numpy(), trainer.label_space.valid(truth))
+        assert torch.equal(s2w["good"][:n], colorize(truth, trainer.colors))
+        assert s2w["tau"][:n].tolist() == pytest.approx(by_hand, rel=1e-4)
+    else:
+        assert torch.equal(s2w["good"][:n], w2g["label"][:n])
+        assert s2w["tau"][:n].tolist() == pytest.approx([s2w["tau"][n:].mean().item()] * n)
+
+
+def test_rectification_may_be_guided_by_the_distance_of_the_two_views(made):
+    trainer = made(rectify_guidance="own")
+    batch, (w2g, s2w, rectify) = recorded_step(trainer)
+    n, colors = len(batch["data"]), trainer.colors
+    strong, weak = classes_of(s2w["label"], colors), classes_of(w2g["label"], colors)[n:]
+    by_hand = guidance_by_hand(strong, weak, batch["unlabeled"]["valid"])
+    assert rectify["tau"].tolist() == pytest.approx(by_hand, rel=1e-4)
+    assert trainer.tau.value.item() == pytest.approx(np.mean(by_hand), rel=1e-4)  # what monitoring takes
+
+
+@pytest.mark.parametrize(("chosen", "steps"), [("visited", {0, 9}), ("all", set(range(10)))])
+def test_the_rectifier_trains_at_the_time_steps_a_sampling_visits_or_at_all(made, chosen, steps):
+    trainer, drawn = made(time_steps=chosen), []
+    trainer.rectifier.forward = lambda *args, t, **kwargs: drawn.extend(t.tolist())
+    labels = torch.zeros(200, 1, 4, 4, dtype=torch.long)
+    trainer._transport(torch.zeros(200, 1, 4, 4), labels, torch.zeros(200), labels)
+    assert set(drawn) == steps
+
+
+def test_ignored_voxels_keep_the_networks_label_in_the_better_map(made):
+    trainer = made()
+    batch = to_device(next(trainer.dataloader_train), trainer.device)
+    step, _ = trainer._look(batch, batch["unlabeled"], 1.0)
+    n, known = step.labeled, torch.rand(step.truth.shape, generator=torch.Generator().manual_seed(0)) > 0.5
+    truth = step.truth.where(known, torch.full_like(step.truth, 77))
+    better = trainer._truth(step._replace(truth=truth, valid=torch.cat([known, step.valid[n:]])))
+    assert torch.equal(better[known], step.truth.long()[known])
+    assert torch.equal(better[~known], step.labels_weak[:n][~known])
 
 
 @pytest.mark.parametrize(("guidance", "tau"), [("none", 0.0), ("fixed", 499.5)])
@@ -307,7 +399,15 @@ ABLATIONS = {
     "weak strong guidance": {"strong_guidance": "weak"},
     "onehot": {"coloring": "onehot"},
     "distant colors": {"coloring": "distant"},
-    "own rows": {"latent_rows": "own"},
+    "all rows": {"latent_rows": "all"},
+    "gray": {"coloring": "gray"},
+    "own guidance": {"rectify_guidance": "own", "guidance_ema": 0.5},
+    "all time steps": {"time_steps": "all"},
+    "noise": {"prediction": "noise"},
+    "norm": {"latent_distance": "norm"},
+    "detached": {"detach_condition": True},
+    "no dropout": {"rectifier_dropout": False},
+    "strong to truth": {"s2g": True},
     "s2w weak image": {"s2w_image": "weak"},
     "s2w weak target": {"s2w_target": "weak"},
     "linear": {"noise_schedule": "linear", "timesteps": 50},
@@ -342,6 +442,7 @@ def test_every_switch_trains_and_makes_a_difference(made, name):
         "rectifier off": RECTIFIER_TERMS | {"loss_rectification", "tau", "changed"},
     }.get(name, set())
     added = {"loss_complementary", "loss_rect_complementary"} if "code losses" in name else set()
+    added |= {"loss_rect_s2g"} if name == "strong to truth" else set()
     assert set(rows[0]) == (set(BASELINE[0]) | added) - absent
 
 
@@ -352,15 +453,16 @@ def test_latent_losses_count_all_items_or_their_own(made, rows):
     trainer.rectifier.register_forward_hook(lambda _, args, out: outputs.append(out))
     (terms,), n = steps(trainer, 1), trainer.batch_size
     w2g, s2w, _ = outputs
-    for term, out, own in (("loss_latent_l", w2g, slice(n)), ("loss_latent_u", s2w, slice(n, None))):
+    assert len(s2w.latent) == (n if rows == "own" else 2 * n)
+    for term, out, own in (("loss_latent_l", w2g, slice(n)), ("loss_latent_u", s2w, slice(-n, None))):
         error = (out.latent - out.target)[own] if rows == "own" else out.latent - out.target
         assert terms[term] == pytest.approx(error.pow(2).mean().item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("switch", [{"sampler": "ddpm"}, {"clamp": True}, {"sampling_steps": 3}])
 def test_sampling_is_what_the_settings_say(made, switch):
-    trainer, latents = made(**switch), []
-    plain = made()
+    trainer, latents = made(time_steps="all", **switch), []
+    plain = made(time_steps="all")
     for each in (trainer, plain):
         each.rectifier.register_forward_hook(lambda _, args, out: latents.append(out.latent))
         assert all(np.isfinite(value) for value in steps(each, 1)[0].values())
@@ -446,6 +548,18 @@ def test_the_rectification_gain_is_recorded(toy, results):
     assert f"rectification_gain {gain:+.3f}" in log.read_text()
 
 
+def test_the_faithful_preset_names_every_setting_of_the_method():
+    """So that a change of a default does not change it."""
+    named = set(load_preset("diffrect_faithful")["train"]["set"])
+    assert named == set(DiffRectSettings().to_dict()) - {"optimizer", "warmup", "unlabeled_batch"}
+
+
+def test_without_unlabeled_cases_no_untrained_rectifier_is_watched(made):
+    trainer = made()
+    trainer.unlabeled_ids = []
+    assert set(trainer.branches(torch.zeros(1, 1, 32, 32))) == {"network"}
+
+
 def test_without_a_rectifier_there_is_no_second_branch(made):
     trainer = made(rect_weight=0)
     assert set(trainer.branches(torch.zeros(1, 1, 32, 32))) == {"network"}
@@ -468,6 +582,10 @@ def test_without_a_rectifier_there_is_no_second_branch(made):
         ({"rect_start": 1.5}, ("rect_start", "0 to 1")),
         ({"timesteps": 1}, ("timesteps", "2 to inf")),
         ({"w2g": False, "s2w": False, "s2w_target": "weak", "strong_guidance": "weak"}, ("rectifier", "rect_weight=0")),
+        (
+            {"w2g": False, "unsupervised_weight": 0, "s2w_target": "weak", "strong_guidance": "weak"},
+            ("learn from somewhere", "unsupervised_weight=0"),
+        ),
         ({"w2g": False}, ("without w2g", "s2w_target=weak")),
         ({"w2g": False, "s2w_target": "weak"}, ("without w2g", "strong_guidance=weak")),
     ],

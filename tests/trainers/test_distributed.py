@@ -26,6 +26,11 @@ SCRIPT = Path(__file__).parent.parent / "tools" / "gloo_step.py"
     [
         ("DiffCLTrainer", {"q": 128, "k": 8, "p": 16, "unlabeled_batch": 3}),
         ("MeanTeacherTrainer", {"unlabeled_batch": 2}),
+        ("ProtoDiffTrainer", {}),
+        (
+            "DiffRectTrainer",
+            {"unlabeled_batch": 3, "rectifier_width": 4, "guidance_ema": 0.5, "rect_start": 0, "pl_threshold": 0},
+        ),
     ],
 )
 def test_ranks_have_equal_weights_after_steps_on_different_batches(toy, results, tmp_path, name, settings):
@@ -42,8 +47,11 @@ def test_ranks_have_equal_weights_after_steps_on_different_batches(toy, results,
     assert a["weights"].keys() == b["weights"].keys()
     for network in a["weights"]:
         assert same(a["weights"][network], b["weights"][network]), network
+    for module in a["modules"]:
+        assert same(a["modules"][module], b["modules"][module]), module
+    assert same([*a["guidance"].values()], [*b["guidance"].values()])
     assert not torch.equal(a["data"], b["data"])  # every rank draws its own batches
-    assert [x + y for x, y in zip(a["sizes"], b["sizes"], strict=True)] == [2, settings["unlabeled_batch"]]
+    assert [x + y for x, y in zip(a["sizes"], b["sizes"], strict=True)] == [2, settings.get("unlabeled_batch", 0)]
 
 
 def test_no_parameter_is_moved_by_two_optimizers_and_every_one_by_one(build):

@@ -19,7 +19,7 @@ def closest(table) -> float:
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_colors_differ_lie_in_the_cube_and_background_is_black(scheme, classes):
     table = color_table(classes, scheme)
-    assert table.shape == (classes, classes - 1 if scheme == "onehot" else 3)
+    assert table.shape == (classes, {"onehot": classes - 1, "gray": 1}.get(scheme, 3))
     assert table.dtype == torch.float32
     assert len({tuple(row) for row in table.tolist()}) == classes
     assert table[0].abs().max() == 0
@@ -64,6 +64,11 @@ def test_onehot_is_the_foreground_of_one_hot():
     expected = torch.nn.functional.one_hot(labels[:, 0], 4).movedim(-1, 1)[:, 1:].float()
     assert torch.equal(colorize(labels, color_table(4, "onehot")), expected)
     assert torch.equal(colorize(labels, color_table(4)), expected)  # four published colors are the same
+
+
+@pytest.mark.parametrize("classes", [2, 4, 9])
+def test_gray_is_one_channel_of_even_steps(classes):
+    assert color_table(classes, "gray")[:, 0].tolist() == pytest.approx([i / (classes - 1) for i in range(classes)])
 
 
 def test_labels_that_are_no_class_take_the_backgrounds_color():
