@@ -84,6 +84,15 @@ TRAINERS: dict[str, TrainerInfo] = {
         1.3,
         "the student",
     ),
+    "ProtoDiffTrainer": TrainerInfo(
+        "nnssl.trainers.proto_diff",
+        "Prototype-anchored label diffusion",
+        "Xi et al., DGM4MICCAI 2025",
+        "label-embedding diffusion decoder, prototypes",
+        2.3,
+        2.6,
+        "the whole network, by sampling",
+    ),
     "SupervisedTrainer": TrainerInfo(
         "nnssl.trainers.supervised",
         "Supervised control",

@@ -23,7 +23,7 @@ from nnssl.trainers.registry import TRAINERS, shim_folder, trainer_class
 from nnssl.training.signals import EXIT_STOPPED
 
 ALL = sorted(TRAINERS)
-SEMI = [name for name in ALL if name != "SupervisedTrainer"]
+SEMI = [name for name in ALL if trainer_class(name).uses_unlabeled]
 BOTH = ("2d", "3d_fullres")
 #: Settings under which a method's predicting network must follow the supervised control bit for bit.
 OFF = {
@@ -347,8 +347,10 @@ def test_ignored_voxels_and_regions_train(toy, results, name):
                 relabeled(toy, name, labels, order)
             continue
         trainer = relabeled(toy, name, labels, order)
-        steps = [round(1 / scale[0]) for scale in trainer._get_deep_supervision_scales()]
-        batch = {"data": image[:2], "target": [target[..., ::n, ::n] for n in steps], "keys": ["lab0", "lab1"]}
+        scales = trainer._get_deep_supervision_scales()
+        steps = [round(1 / scale[0]) for scale in scales or []]
+        lower = [target[..., ::n, ::n] for n in steps]
+        batch = {"data": image[:2], "target": lower or target, "keys": ["lab0", "lab1"]}
         if trainer.labeled_weak_view:
             batch["weak"] = image[:2]
         if trainer.uses_unlabeled:

@@ -9,6 +9,7 @@ from nnssl.trainers.diffcl import DiffCLTrainer
 from nnssl.trainers.diffrect import DiffRectTrainer
 from nnssl.trainers.generic_ssl import GenericSSLTrainer
 from nnssl.trainers.mean_teacher import MeanTeacherTrainer
+from nnssl.trainers.proto_diff import ProtoDiffTrainer
 from nnssl.trainers.supervised import SupervisedTrainer
 
 __all__ = [
@@ -17,5 +18,6 @@ __all__ = [
     "DiffRectTrainer",
     "GenericSSLTrainer",
     "MeanTeacherTrainer",
+    "ProtoDiffTrainer",
     "SupervisedTrainer",
 ]
