@@ -3,6 +3,8 @@
 Layout of a raw data set (everything but ``imagesUn``, ``imagesVal`` and ``labelsVal`` is nnU-Net's own)::
 
     DatasetXXX_Name/  imagesTr/ labelsTr/  imagesUn/  imagesVal/ labelsVal/  imagesTs/ [labelsTs/]  dataset.json
+
+``labelsPseudo`` may hold masks of unknown quality for some cases of ``imagesUn`` (see :mod:`nnssl.plans.pseudo`).
 """
 
 from __future__ import annotations
@@ -18,6 +20,8 @@ from nnssl.errors import UserError, nearest
 
 #: nnU-Net's three variables; nnssl defines none of its own.
 VARIABLES = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
+#: Folder of masks of unknown quality, ``CASE.ending``, for some cases of ``imagesUn``.
+PSEUDO_FOLDER = "labelsPseudo"
 #: Image folders and the folder with their labels (None: no labels exist there).
 IMAGE_FOLDERS = {"imagesTr": "labelsTr", "imagesUn": None, "imagesVal": "labelsVal", "imagesTs": "labelsTs"}
 
@@ -140,6 +144,12 @@ class RawDataset:
         if labels is None:
             raise ValueError(f"{image_folder} has no labels")
         return self.folder / labels / (case + self.file_ending)
+
+    def pseudo_masks(self) -> dict[str, Path]:
+        """Return ``{case: mask}`` of ``labelsPseudo``, whether or not the case exists; empty if there is none."""
+        folder, ending = self.folder / PSEUDO_FOLDER, self.file_ending
+        found = sorted(folder.iterdir()) if folder.is_dir() else []
+        return {p.name[: -len(ending)]: p for p in found if p.name.endswith(ending) and not p.name.startswith(".")}
 
     def patient(self, case: str) -> str:
         """Return the patient of a case: the first group of ``patient_pattern``, else the case id itself."""

@@ -20,9 +20,9 @@ MANIFEST_NAME = "nnssl_unlabeled.json"
 SCANS_NAME, IMAGE_FINGERPRINT_NAME = "nnssl_verified.json", "nnssl_image_fingerprint.json"
 VERSION = 1
 #: Folders of preprocessed cases: part of the manifest -> suffix behind the data identifier.
-SUFFIXES = {"labeled": "", "unlabeled": "_unlabeled", "monitoring": "_monitoring"}
+SUFFIXES = {"labeled": "", "unlabeled": "_unlabeled", "monitoring": "_monitoring", "pseudo": "_pseudo"}
 #: Where a part's cases and hashes are recorded in the manifest.
-CASE_KEYS = {"labeled": "labeled", "unlabeled": "cases", "monitoring": "monitoring"}
+CASE_KEYS = {"labeled": "labeled", "unlabeled": "cases", "monitoring": "monitoring", "pseudo": "pseudo"}
 #: nnU-Net's normalizations that ignore the intensity statistics of the plan.
 NORMALIZATIONS_WITHOUT_STATISTICS = frozenset(
     {"ZScoreNormalization", "NoNormalization", "RescaleTo01Normalization", "RGBTo01Normalization"}
@@ -46,6 +46,8 @@ def empty_manifest() -> dict[str, Any]:
         "cases": {},
         "labeled": {},
         "monitoring": {},
+        "pseudo": {},
+        "pseudo_source": {},
         "test": {},
         "set_aside": {},
         "configurations": {},
@@ -167,7 +169,7 @@ def preprocessing_hash(plans: dict[str, Any], configuration: str) -> str:
 
 
 def part_folder(preprocessed_folder: Path, data_identifier: str, part: str) -> Path:
-    """Return where the preprocessed cases of ``part`` (labeled, unlabeled, monitoring) lie."""
+    """Return where the preprocessed cases of ``part`` (a key of :data:`SUFFIXES`) lie."""
     return Path(preprocessed_folder) / (data_identifier + SUFFIXES[part])
 
 
@@ -185,7 +187,8 @@ def require_current(preprocessed_folder: Path, plans: dict[str, Any], configurat
         configuration: a configuration of that plan.
 
     Returns:
-        ``{"preprocessing_hash", "labeled", "unlabeled", "monitoring"}`` with sorted lists of case ids.
+        ``{"preprocessing_hash", "labeled", "unlabeled", "monitoring", "pseudo"}`` with sorted lists of case ids;
+        the last one is absent where nothing was preprocessed since masks of unknown quality are supported.
 
     Raises:
         UserError: if the configuration was not preprocessed, was preprocessed under another plan, or its folders

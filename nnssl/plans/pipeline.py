@@ -30,7 +30,7 @@ from nnssl.plans.parallel import Workers, reason
 from nnssl.plans.splits import make_splits
 
 #: Image folder of each part of a preprocessed data set.
-PART_FOLDERS = {"labeled": "imagesTr", "unlabeled": "imagesUn", "monitoring": "imagesVal"}
+PART_FOLDERS = {"labeled": "imagesTr", "unlabeled": "imagesUn", "monitoring": "imagesVal", "pseudo": "imagesUn"}
 SPLITS_NAME = "splits_final.json"
 
 
@@ -186,27 +186,32 @@ def _verified(
 ) -> tuple[dict[str, Any], Any]:
     """Check the raw data set and start this run's manifest from what it holds."""
     from nnssl.plans.preprocess import Sources
+    from nnssl.plans.pseudo import check_masks
     from nnssl.plans.verify import verify_raw_dataset
 
     verified = verify_raw_dataset(dataset, num_processes, True, folder / SCANS_NAME)
     if verify_integrity:
         _stock_integrity_check(dataset, num_processes)
+    masks = check_masks(dataset, verified)
     manifest = {**empty_manifest(), "set_aside": dict(verified.set_aside), "test": verified.hashes.get("imagesTs", {})}
     images: dict[str, dict[str, list[Path]]] = {}
     for part, image_folder in PART_FOLDERS.items():
         hashes = verified.hashes.get(image_folder, {})
-        images[part] = {c: files for c, files in dataset.cases(image_folder).items() if c in hashes}
+        used = hashes if part != "pseudo" else masks.files
+        images[part] = {c: files for c, files in dataset.cases(image_folder).items() if c in used}
         recorded = {case: hashes[case] for case in images[part]}
         if part == "unlabeled":
             manifest["cases"] = {c: {"hash": h, "patient": dataset.patient(c)} for c, h in recorded.items()}
         else:
             manifest[part] = recorded
     labels = {p: {c: dataset.label_file(PART_FOLDERS[p], c) for c in images[p]} for p in ("labeled", "monitoring")}
+    labels["pseudo"], manifest["pseudo_source"] = masks.files, masks.source
     manifest["labels"] = {part: {c: file_hash(path) for c, path in files.items()} for part, files in labels.items()}
     described = ("channel_names", "modality", "labels", "regions_class_order")
     manifest["dataset"] = {key: dataset.json[key] for key in described if key in dataset.json}
     manifest["fingerprint"] = digest([manifest["labeled"], manifest["labels"]["labeled"], manifest["dataset"]])
-    counts = ", ".join(f"{len(images[part])} {part}" for part in PART_FOLDERS)
+    shown = [part for part in PART_FOLDERS if part != "pseudo" or masks.files]
+    counts = ", ".join(f"{len(images[part])} {part}" for part in shown)
     report(f"{dataset.name}: {counts} cases, {len(verified.set_aside)} set aside")
     return manifest, Sources(images, labels)
 

@@ -1,8 +1,9 @@
-"""Preprocess labeled, unlabeled and monitoring cases with nnU-Net's own preprocessor, touching only what changed.
+"""Preprocess all cases of a data set with nnU-Net's own preprocessor, touching only what changed.
 
 The content of every case (voxels, geometry, label file) is recorded in the manifest, and so is the hash of the plan's
 preprocessing fields. A rerun processes cases that are new or changed, deletes those that are gone, and starts over
-when the plan changed. Unlabeled cases are processed without a segmentation: no label of theirs can be read.
+when the plan changed. Unlabeled cases are processed without a segmentation: no label of theirs can be read. Those
+that have a mask of unknown quality are processed once more, with it, into a folder of their own.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from nnssl.plans.manifest import (
     save_manifest,
 )
 from nnssl.plans.parallel import Workers, reason
+from nnssl.plans.pseudo import with_ignore
 
 #: Endings of the files that nnU-Net writes for one case.
 CASE_ENDINGS = (".b2nd", "_seg.b2nd", ".pkl")
@@ -33,7 +35,7 @@ CASE_ENDINGS = (".b2nd", "_seg.b2nd", ".pkl")
 
 @dataclass
 class Sources:
-    """The raw files of the cases to preprocess, by part (labeled, unlabeled, monitoring).
+    """The raw files of the cases to preprocess, by part (labeled, unlabeled, monitoring, pseudo).
 
     Args:
         images: channel files by part and case.
@@ -106,10 +108,10 @@ def preprocess_configuration(
         workers: pool to work with.
 
     Returns:
-        Number of cases processed by part.
+        Number of cases processed by part; ``pseudo`` only where the data set has such masks.
 
     Raises:
-        UserError: if a labeled or monitoring case can't be processed.
+        UserError: if a case other than an unlabeled one can't be processed.
     """
     identifier = configuration_of(plans, configuration)["data_identifier"]
     entry = _current_entry(folder, identifier, preprocessing_hash(plans, configuration), manifest)
@@ -117,6 +119,7 @@ def preprocess_configuration(
         return {
             part: _preprocess_part(folder, plans, configuration, dataset_json, sources, manifest, workers, entry, part)
             for part in SUFFIXES
+            if part != "pseudo" or manifest["pseudo"]
         }
     finally:
         for part in SUFFIXES:
@@ -151,6 +154,8 @@ def _preprocess_part(
     entry: dict[str, Any],
     part: str,
 ) -> int:
+    if part == "pseudo":
+        dataset_json = with_ignore(dataset_json)
     plans_manager = PlansManager(plans)
     config = plans_manager.get_configuration(configuration)
     target = part_folder(folder, config.data_identifier, part)
@@ -186,11 +191,12 @@ def _preprocess_part(
 def set_aside(folder: Path, manifest: dict[str, Any], case: str, why: str) -> None:
     """Take an unlabeled case out of the data set: out of every configuration, with its reason on record."""
     manifest["set_aside"][case] = why
-    manifest["cases"].pop(case, None)
-    for identifier, entry in manifest["configurations"].items():
-        if case in entry["unlabeled"]:
-            entry["unlabeled"].remove(case)
-        _delete_case(part_folder(folder, identifier, "unlabeled"), case)
+    for part in ("unlabeled", "pseudo"):
+        manifest[CASE_KEYS[part]].pop(case, None)
+        for identifier, entry in manifest["configurations"].items():
+            if case in entry.get(part, ()):
+                entry[part].remove(case)
+            _delete_case(part_folder(folder, identifier, part), case)
 
 
 def _is_complete(folder: Path, case: str) -> bool:

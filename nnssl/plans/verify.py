@@ -11,7 +11,7 @@ import json
 import os
 import warnings
 from collections.abc import Collection, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -53,10 +53,12 @@ class Verified:
     Args:
         set_aside: unlabeled case or file -> why it is not used.
         hashes: image folder -> case -> content hash, without the cases set aside.
+        masks: unlabeled case with a mask in ``labelsPseudo`` -> scan of both; rules: :mod:`nnssl.plans.pseudo`.
     """
 
     set_aside: dict[str, str]
     hashes: dict[str, dict[str, str]]
+    masks: dict[str, CaseScan] = field(default_factory=dict)
 
 
 class _Job(NamedTuple):
@@ -124,8 +126,9 @@ def verify_raw_dataset(
     """
     cases = {folder: dataset.cases(folder) for folder in IMAGE_FOLDERS}
     _refuse_layout(dataset, cases)
+    pseudo = dataset.pseudo_masks() if check_integrity else {}
     jobs = [
-        _Job(folder, case, images, dataset.label_file(folder, case) if check_integrity and folder in _STRICT else None)
+        _Job(folder, case, images, _mask(dataset, folder, case, pseudo) if check_integrity else None)
         for folder, members in cases.items()
         for case, images in members.items()
     ]
@@ -141,7 +144,15 @@ def verify_raw_dataset(
     _warn_shared_patients(dataset, cases)
     if check_integrity:
         _warn_absent_classes(dataset, scans["imagesTr"])
-    return Verified(set_aside, _hashes(scans, set_aside.keys()))
+    masks = {case: scan for case, scan in scans["imagesUn"].items() if case in pseudo}
+    return Verified(set_aside, _hashes(scans, set_aside.keys()), masks)
+
+
+def _mask(dataset: RawDataset, folder: str, case: str, pseudo: dict[str, Path]) -> Path | None:
+    """Return the label or mask that is read beside a case's images."""
+    if folder == "imagesUn":
+        return pseudo.get(case)
+    return dataset.label_file(folder, case) if folder in _STRICT else None
 
 
 def _refuse_layout(dataset: RawDataset, cases: dict[str, dict[str, list[Path]]]) -> None:
