@@ -1,4 +1,4 @@
-"""One loader for labeled and unlabeled batches whose every batch is a function of (seed, rank, index).
+"""One loader for labeled, unlabeled and pseudo-labeled batches whose every batch is a function of (seed, rank, index).
 
 A training loader is put together like nnU-Net's, with the plan's own sizes and augmentation::
 
@@ -56,6 +56,19 @@ class LabeledLoader(nnUNetDataLoader):
             self.transforms = views
         strong, weak = batch["data"].chunk(2, dim=1)
         return {**batch, "data": strong.contiguous(), "weak": weak.contiguous()}
+
+
+class PseudoLoader(nnUNetDataLoader):
+    """Draw crops of cases with masks of unknown quality, each case in proportion to its weight.
+
+    The constructor is nnU-Net's; ``sampling_probabilities`` are the weights, made to sum to 1, and the label manager
+    has an ignore label, the value of unsure voxels. Batch: ``data`` float32 (p, c, ...), ``target`` as in
+    `LabeledLoader` with unsure voxels ignored, ``weight`` float32 (p,), ``keys``. ``weight`` is what an item's loss is
+    still to be multiplied with: 1, because the draw has followed the weights.
+    """
+
+    def generate_train_batch(self) -> Batch:
+        return {**super().generate_train_batch(), "weight": torch.ones(self.batch_size)}
 
 
 class _StackedViews:
@@ -190,14 +203,16 @@ class IndexedLoader(SlimDataLoaderBase):
 
 
 class PairedLoader(IndexedLoader):
-    """Yield labeled and unlabeled batches as one.
+    """Yield labeled, unlabeled and pseudo-labeled batches as one.
 
-    The two have random streams of their own: labeled batches are the same whether or not unlabeled ones are drawn.
-    Batch: the labeled one (see `LabeledLoader`) plus ``unlabeled``, a dictionary (see `UnlabeledLoader`).
+    Each has a random stream of its own: labeled batches are the same whether or not others are drawn. Batch: the
+    labeled one (see `LabeledLoader`) plus ``unlabeled`` and ``pseudo``, dictionaries (see `UnlabeledLoader` and
+    `PseudoLoader`).
 
     Args:
         labeled: loader of labeled batches.
         unlabeled: loader of unlabeled batches, None to draw none (the batch then has no ``unlabeled``).
+        pseudo: loader of batches with masks of unknown quality, None to draw none (no ``pseudo``).
         seed, rank, start_index: see `IndexedLoader`.
     """
 
@@ -205,18 +220,21 @@ class PairedLoader(IndexedLoader):
         self,
         labeled: nnUNetDataLoader,
         unlabeled: UnlabeledLoader | None = None,
+        pseudo: PseudoLoader | None = None,
         *,
         seed: int,
         rank: int = 0,
         start_index: int = 0,
     ) -> None:
         super().__init__(labeled, seed=seed, rank=rank, stream=Stream.TRAIN_BATCH, start_index=start_index)
-        self.unlabeled = unlabeled
+        self.unlabeled, self.pseudo = unlabeled, pseudo
 
     def batch_at(self, index: int) -> Batch:
         batch = super().batch_at(index)
         if self.unlabeled is not None:
             batch["unlabeled"] = self._draw(self.unlabeled, Stream.UNLABELED_BATCH, index)
+        if self.pseudo is not None:
+            batch["pseudo"] = self._draw(self.pseudo, Stream.PSEUDO_BATCH, index)
         return batch
 
 

@@ -30,6 +30,7 @@ class Stream(IntEnum):
     SAMPLING = 5
     SPLIT = 6
     MONITORING_BATCH = 7
+    PSEUDO_BATCH = 8
 
 
 class Seeds(NamedTuple):

@@ -30,6 +30,7 @@ from nnssl.plans.manifest import load_manifest, manifest_digest, monitoring_case
 from nnssl.plans.splits import fold_cases
 from nnssl.trainers.batches import build_loaders
 from nnssl.trainers.monitoring import branch_dice
+from nnssl.trainers.pseudo_stream import seen_cases, take_pseudo_cases, unsure_label_manager
 from nnssl.trainers.recording import epoch_line, epoch_record, memory_note, objective, write_run_manifest
 from nnssl.trainers.run_options import RunOptions
 from nnssl.trainers.settings import Settings
@@ -62,6 +63,8 @@ class SemiSupervisedTrainer(nnUNetTrainer):
     supports_regions: ClassVar[bool] = True
     #: Whether the method draws unlabeled batches.
     uses_unlabeled: ClassVar[bool] = True
+    #: Whether the method computes the loss on ``batch['pseudo']`` itself; otherwise the base does.
+    handles_pseudo: ClassVar[bool] = False
     #: Differences of two branches' Dice to record each round: name -> (branch, branch it is compared with).
     branch_differences: ClassVar[dict[str, tuple[str, str]]] = {}
 
@@ -121,7 +124,9 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         self.num_iterations_per_epoch = self.run_options.iterations_per_epoch
         self.num_val_iterations_per_epoch = self.run_options.validation_iterations
         self.save_every = 1
-        self.label_space = LabelSpace.from_label_manager(self.label_manager)
+        self.pseudo_manager = unsure_label_manager(self)
+        noisy = self.settings.supervision != "gt"  # targets may then hold unsure voxels, which every method must know
+        self.label_space = LabelSpace.from_label_manager(self.pseudo_manager if noisy else self.label_manager)
         self.partners: dict[str, Partner] = {}
         self.teachers: dict[str, tuple[str, EMATeacher]] = {}
         self.modules: dict[str, Any] = {}
@@ -132,6 +137,10 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         self.unlabeled_ids: list[str] = []
         self.monitoring_ids: list[str] = []
         self.manifest_hash: str | None = None
+        self.pseudo_ids: list[str] = []
+        self.pseudo_probabilities: list[float] = []
+        self.pseudo_hash: str | None = None
+        self.saw: dict[str, dict[str, str] | None] = {}
         self.epoch_seconds = 0.0
 
     def _refuse_unsupported(self) -> None:
@@ -141,6 +150,9 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         if self.label_manager.has_regions and not self.supports_regions:
             rule = f"{type(self).__name__} needs exclusive classes (softmax)"
             raise UserError(rule, "a data set with regions", "labels without regions", "train another method")
+        if self.settings.supervision != "gt" and self.label_manager.has_regions and not self.label_manager.ignore_label:
+            rule = "masks with unsure voxels need an ignore label where a data set has regions"
+            raise UserError(rule, "regions without one", "supervision=gt", "declare ignore in dataset.json")
 
     def initialize(self) -> None:
         """Build, place and seed every network and optimizer."""
@@ -161,12 +173,23 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         self.network = self.wrap(network)
         self.optimizer, self.lr_scheduler = self.configure_optimizers()
         self.loss = self._build_loss()
+        self.noisy_loss = self._build_noisy_loss()
+        if self.settings.supervision == "pseudo":
+            self.loss = self.noisy_loss
         seed_everything(self.run_options.seed, 0, Stream.INIT, 1)  # partners do not depend on the network's draws
         self.build_method()
         optimizers = {"network": self.optimizer} | {name: p.optimizer for name, p in self.partners.items()}
         self.stepper = StepRunner(optimizers, self.grad_scaler, self.is_ddp, self.settings.gradient_clip)
         self.dataset_class = infer_dataset_class(self.preprocessed_dataset_folder)
         self.was_initialized = True
+
+    def _build_noisy_loss(self) -> nn.Module:
+        """Return nnU-Net's loss for masks with unsure voxels, which it ignores."""
+        own, self.label_manager = self.label_manager, self.pseudo_manager
+        try:
+            return self._build_loss()
+        finally:
+            self.label_manager = own
 
     def wrap(self, module: nn.Module, compiled: bool = True) -> nn.Module:
         """Place a network on the device, give it rank 0's weights, and compile it where nnU-Net compiles."""
@@ -241,16 +264,25 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         chosen = fold_cases(splits, self.fold, labeled, unlabeled, RawDataset(base, self.dataset_json).patient)
         self.unlabeled_ids = list(chosen.unlabeled) if self.uses_unlabeled else []
         self.monitoring_ids = monitoring_cases(base, plans, self.configuration_name)
+        take_pseudo_cases(self, manifest, chosen)
+        self.saw = seen_cases(self, manifest, chosen)
         return list(chosen.train), list(chosen.val)
 
     def unlabeled_batch_size(self) -> int:
         """Return this rank's share of the unlabeled items of a step."""
-        total = self.settings.unlabeled_batch or self.configuration_manager.batch_size
+        return self._share("unlabeled", self.settings.unlabeled_batch)
+
+    def pseudo_batch_size(self) -> int:
+        """Return this rank's share of the items of a step with masks of unknown quality."""
+        return self._share("pseudo", self.settings.pseudo_batch)
+
+    def _share(self, what: str, wanted: int | None) -> int:
+        total = wanted or self.configuration_manager.batch_size
         if not self.is_ddp:
             return total
         world, rank = dist.get_world_size(), dist.get_rank()
         if total < world:
-            raise UserError("the unlabeled batch must give every process an item", total, f"{world} or more")
+            raise UserError(f"the {what} batch must give every process an item", total, f"{world} or more")
         return total // world + (rank < total % world)
 
     def get_dataloaders(self):
@@ -299,7 +331,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         self.watch.update("labeled", self.label_space.foreground(target), self.label_space.valid(target))
         self.before_step()
         with self.precision():
-            logged = self.stepper.run(self.compute_losses(batch))
+            logged = self.stepper.run(self._loss_groups(batch))
         for source, teacher in self.teachers.values():
             teacher.update(unwrap(self.trained_network(source)), self.global_step)
         self.after_step()
@@ -308,6 +340,14 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         scalars = dict(zip(logged, values, strict=True))
         self._watch_finiteness(scalars, batch)
         return scalars
+
+    def _loss_groups(self, batch: dict[str, Any]) -> Iterator[LossGroup]:
+        """Yield the loss on masks of unknown quality, which adds to the network's next step, then the method's."""
+        noisy = batch.get("pseudo")
+        if noisy is not None and not self.handles_pseudo:
+            loss = self.pseudo_loss(self.network(noisy["data"]), noisy["target"])
+            yield LossGroup({"loss_pseudo": self.settings.pseudo_weight * loss})
+        yield from self.compute_losses(batch)
 
     def precision(self) -> contextlib.AbstractContextManager:
         """Return the run's autocast context: nnU-Net's half precision on CUDA by default, none elsewhere."""
@@ -321,6 +361,11 @@ class SemiSupervisedTrainer(nnUNetTrainer):
     def supervised_loss(self, output, target) -> Tensor:
         """Return nnU-Net's own loss (Dice + cross-entropy or BCE, deeply supervised), in single precision."""
         return self.loss(output, target)
+
+    @fp32
+    def pseudo_loss(self, output, target) -> Tensor:
+        """Return nnU-Net's loss (deeply supervised) on masks of unknown quality, without their unsure voxels."""
+        return self.noisy_loss(output, target)
 
     def watch_foreground(self, branch: str, hard: Tensor, valid: Tensor | None = None) -> None:
         """Count a branch's predicted foreground; a branch that runs away from the labeled fraction is warned of."""
@@ -409,9 +454,9 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         size = sum(p.numel() * p.element_size() for network in self._networks() for p in network.parameters())
         if self.local_rank == 0:
             require_space(Path(self.output_folder), 2 * 2 * size)
-        continued = self.manifest_hash  # the checkpoint's; None in a new run
+        continued = self.manifest_hash, self.pseudo_hash  # the checkpoint's; None in a new run
         super().on_train_start()
-        self._require_same_pool(continued)
+        self._require_same_pool(*continued)
         self._sync_teachers()
         if self.local_rank == 0:
             tensorboard = self.run_options.tensorboard
@@ -421,13 +466,17 @@ class SemiSupervisedTrainer(nnUNetTrainer):
                 self.print_to_log_file(note)
         self.print_to_log_file(f"branches are watched on {self.monitor_name}", also_print_to_console=True)
 
-    def _require_same_pool(self, continued: str | None) -> None:
-        """Refuse to go on with other unlabeled cases than the run began with."""
-        unfinished = self.uses_unlabeled and self.current_epoch < self.num_epochs
-        if unfinished and continued not in (None, self.manifest_hash):
+    def _require_same_pool(self, unlabeled: str | None, pseudo: str | None) -> None:
+        """Refuse to go on with other unlabeled cases, or other masks of unknown quality, than the run began with."""
+        if self.current_epoch >= self.num_epochs:
+            return
+        remedy = "put the old ones back, or start a new --run"
+        if self.uses_unlabeled and unlabeled not in (None, self.manifest_hash):
             rule = "--c must continue on the unlabeled cases the run began with"
-            got = "other cases or another preprocessing"
-            raise UserError(rule, got, None, "put the old ones back, or start a new --run")
+            raise UserError(rule, "other cases or another preprocessing", None, remedy)
+        if pseudo not in (None, self.pseudo_hash):
+            rule = "--c must continue on the masks of labelsPseudo the run began with"
+            raise UserError(rule, "other masks, weights or another preprocessing", None, remedy)
 
     def _sync_teachers(self) -> None:
         """Start teachers from their source, which pretrained weights may have changed since they were built."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
@@ -14,6 +15,7 @@ from nnssl.data.loader import (
     InProcessBatches,
     LabeledLoader,
     PairedLoader,
+    PseudoLoader,
     UnlabeledLoader,
     WorkerBatches,
     wrap_loader,
@@ -21,6 +23,7 @@ from nnssl.data.loader import (
 from nnssl.data.seeding import Stream
 from nnssl.data.unlabeled import UnlabeledDataset
 from nnssl.data.views import labeled_transforms
+from nnssl.plans.manifest import part_folder
 
 if TYPE_CHECKING:
     from nnssl.trainers.base import SemiSupervisedTrainer
@@ -31,7 +34,7 @@ class Loaders:
     """What a run draws from.
 
     Args:
-        train: labeled and unlabeled batches.
+        train: labeled, unlabeled and pseudo-labeled batches.
         validation: patches of nnU-Net's pseudo Dice.
         monitor: patches of the branch record, the same every round.
         monitor_name: what the monitored patches come from.
@@ -60,8 +63,14 @@ def build_loaders(trainer: SemiSupervisedTrainer, train: Any, val: Any) -> Loade
         "regions": manager.foreground_regions if manager.has_regions else None,
         "ignore_label": manager.ignore_label,
     }
-    stock = trainer.training_views(
-        trainer.get_training_transforms(patch, rotation, scales, mirror_axes, dummy_2d, masked, **labels)
+    # the label spaces differ by the ignore label alone, which is a channel of its own where there are regions
+    stock, unsure = (
+        trainer.training_views(
+            trainer.get_training_transforms(
+                patch, rotation, scales, mirror_axes, dummy_2d, masked, **{**labels, "ignore_label": ignore}
+            )
+        )
+        for ignore in (manager.ignore_label, trainer.pseudo_manager.ignore_label)
     )
     val_transforms = trainer.get_validation_transforms(scales, **labels)
 
@@ -71,15 +80,20 @@ def build_loaders(trainer: SemiSupervisedTrainer, train: Any, val: Any) -> Loade
             dataset, trainer.batch_size, patch, patch, manager, oversample, transforms=val_transforms
         )
 
-    labeled = LabeledLoader(
-        train,
-        trainer.batch_size,
-        crop,
-        patch,
-        manager,
-        trainer.oversample_foreground_percent,
-        transforms=labeled_transforms(stock, trainer.labeled_weak_view),
-    )
+    def crops(kind: type[nnUNetDataLoader], dataset: Any, noisy: bool, count: int, transforms: Any) -> Any:
+        known = trainer.pseudo_manager if noisy else manager
+        drawn = trainer.pseudo_probabilities if noisy else None
+        return kind(
+            dataset, count, crop, patch, known, trainer.oversample_foreground_percent, drawn, transforms=transforms
+        )
+
+    alone = trainer.settings.supervision == "pseudo"  # masks stand in for labels, whatever method learns from them
+    noisy = _noisy_cases(trainer) if trainer.pseudo_ids else None
+    views = labeled_transforms(unsure if alone else stock, trainer.labeled_weak_view)
+    labeled = crops(LabeledLoader, noisy if alone else train, alone, trainer.batch_size, views)
+    pseudo = None
+    if noisy is not None and not alone:
+        pseudo = crops(PseudoLoader, noisy, True, trainer.pseudo_batch_size(), labeled_transforms(unsure))
     unlabeled = None
     if trainer.unlabeled_ids:
         pool = UnlabeledDataset(trainer.preprocessed_dataset_folder + "_unlabeled", trainer.unlabeled_ids, any(masked))
@@ -96,7 +110,14 @@ def build_loaders(trainer: SemiSupervisedTrainer, train: Any, val: Any) -> Loade
     seed, rank = trainer.run_options.seed, trainer.local_rank
     workers, pin = get_allowed_n_proc_DA(), trainer.device.type == "cuda"
     validated = trainer.current_epoch * trainer.num_val_iterations_per_epoch
-    paired = PairedLoader(labeled, unlabeled, seed=seed, rank=rank, start_index=trainer.global_step)
+    paired = PairedLoader(labeled, unlabeled, pseudo, seed=seed, rank=rank, start_index=trainer.global_step)
     validation = IndexedLoader(plain(val), seed=seed, rank=rank, stream=Stream.VAL_BATCH, start_index=validated)
     monitor = IndexedLoader(plain(watched), seed=seed, stream=Stream.MONITORING_BATCH)
     return Loaders(wrap_loader(paired, workers, pin), wrap_loader(validation, (workers + 1) // 2, pin), monitor, name)
+
+
+def _noisy_cases(trainer: SemiSupervisedTrainer) -> Any:
+    """Return the preprocessed cases with masks of unknown quality as an nnU-Net data set."""
+    identifier = trainer.configuration_manager.data_identifier
+    folder = str(part_folder(Path(trainer.preprocessed_dataset_folder_base), identifier, "pseudo"))
+    return infer_dataset_class(folder)(folder, trainer.pseudo_ids)

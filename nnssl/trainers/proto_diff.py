@@ -36,6 +36,7 @@ class ProtoDiffTrainer(SemiSupervisedTrainer):
     settings_class = ProtoDiffSettings
     supports_regions = False
     uses_unlabeled = False
+    handles_pseudo = True
     branch_differences = {"sampling_gain": ("network", "one_step"), "noise_gain": ("one_step", "blank")}
     settings: ProtoDiffSettings
 

@@ -97,8 +97,6 @@ class ProtoDiffSettings(Settings):
     proto_on: str = option(
         "gt", "embedding the prototype losses see: the label's (the paper), or the prediction's", choices=("gt", "pred")
     )
-    # ------------------------------------------------------------------ masks of unknown quality
-    pseudo_weight: float = option(1.0, "weight of batch['pseudo'], where the data set has such masks", low=0)
 
     def validate(self) -> None:
         if self.deep_supervision:

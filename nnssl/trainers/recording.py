@@ -23,7 +23,12 @@ TERM = "loss_"
 
 
 def write_run_manifest(trainer: SemiSupervisedTrainer) -> None:
-    """Write ``nnssl_run.json``: versions, settings, seed, hash of the unlabeled cases, what is monitored."""
+    """Write ``nnssl_run.json``: versions, settings, seed, which cases were seen, what is monitored.
+
+    ``labeled`` and ``watched`` hold the content hashes of the cases that trained the model and of those that choose
+    ``checkpoint_best``; ``inherited`` those that masks of unknown quality bring along (None: unknown). They travel
+    with the model, so that its masks can be kept away from held-out cases.
+    """
     record = {
         "nnssl": __version__,
         "torch": torch.__version__,
@@ -37,7 +42,10 @@ def write_run_manifest(trainer: SemiSupervisedTrainer) -> None:
         "unlabeled_manifest": trainer.manifest_hash,
         "unlabeled_cases": len(trainer.unlabeled_ids),
         "monitoring": trainer.monitor_name,
+        **trainer.saw,
     }
+    if trainer.pseudo_ids:
+        record["pseudo"] = {"cases": trainer.pseudo_ids, "digest": trainer.pseudo_hash}
     Path(trainer.output_folder, "nnssl_run.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 

@@ -37,6 +37,11 @@ class Settings:
     gradient_clip: float = option(12.0, "largest norm of a network's gradient", low=1e-6)
     deep_supervision: bool = option(True, "supervised loss on nnU-Net's lower resolutions too")
     unlabeled_batch: int | None = option(None, "unlabeled items a step, global; none = the plan's batch size", low=1)
+    supervision: str = option(
+        "gt", "learn from labels, from masks of labelsPseudo, or from both", choices=("gt", "pseudo", "gt+pseudo")
+    )
+    pseudo_weight: float = option(1.0, "weight of the loss on masks of labelsPseudo (supervision=gt+pseudo)", low=0)
+    pseudo_batch: int | None = option(None, "items a step with such masks, global; none = the plan's batch size", low=1)
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> Settings:

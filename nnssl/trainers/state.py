@@ -51,6 +51,7 @@ def collect_state(trainer: SemiSupervisedTrainer) -> dict[str, Any]:
                 "teachers": {name: teacher.state_dict() for name, (_, teacher) in trainer.teachers.items()},
                 "modules": {name: module.state_dict() for name, module in trainer.modules.items()},
                 "unlabeled_manifest": trainer.manifest_hash,
+                "pseudo_manifest": trainer.pseudo_hash,
             },
         }
     )
@@ -86,6 +87,7 @@ def restore_state(trainer: SemiSupervisedTrainer, checkpoint: dict, path: Path) 
     trainer.epoch_sums, trainer.epoch_seconds = extra["epoch_sums"], extra["epoch_seconds"]
     trainer.watch.load_state_dict(extra["foreground"])
     trainer.manifest_hash = extra["unlabeled_manifest"]
+    trainer.pseudo_hash = extra.get("pseudo_manifest")
 
 
 def require_own(trainer: SemiSupervisedTrainer, checkpoint: dict, path: Path) -> None:
