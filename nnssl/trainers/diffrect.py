@@ -205,6 +205,7 @@ class DiffRectTrainer(SemiSupervisedTrainer):
         return step.truth.long().where(step.valid[: step.labeled], step.labels_weak[: step.labeled])
 
     def _latent_loss(self, out: Rectified, own: slice) -> Tensor:
+        assert out.latent is not None and out.target is not None  # a training pass of a rectifier with a denoiser
         rows = slice(None) if self.settings.latent_rows == "all" else own
         return latent_loss(out.latent[rows], out.target[rows], self.settings.latent_distance)
 
