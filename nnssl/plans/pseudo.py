@@ -92,6 +92,9 @@ def check_masks(dataset: RawDataset, verified: Verified) -> PseudoMasks:
         UserError: on every refusal.
     """
     files = dataset.pseudo_masks()
+    if strays := _strays(dataset):
+        ending = f"CASE{dataset.file_ending}"
+        warnings.warn(f"files in {PSEUDO_FOLDER} that are no mask {ending} are ignored: {listed(strays)}", stacklevel=3)
     if not files:
         return PseudoMasks()
     if strangers := sorted(files.keys() - dataset.cases("imagesUn").keys()):
@@ -115,6 +118,12 @@ def check_masks(dataset: RawDataset, verified: Verified) -> PseudoMasks:
         warnings.warn(f"masks whose images are set aside are not used: {listed(aside)}", stacklevel=3)
     used = {case: path for case, path in files.items() if case not in verified.set_aside}
     return PseudoMasks(used, _source(dataset, verified, ignore, used))
+
+
+def _strays(dataset: RawDataset) -> list[str]:
+    folder, masks = dataset.folder / PSEUDO_FOLDER, set(dataset.pseudo_masks().values())
+    found = sorted(folder.iterdir()) if folder.is_dir() else []
+    return [p.name for p in found if p not in masks and p.name != RECORD_NAME and not p.name.startswith(".")]
 
 
 def _source(dataset: RawDataset, verified: Verified, ignore: int, files: Mapping[str, Path]) -> dict[str, Any]:

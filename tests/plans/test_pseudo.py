@@ -178,6 +178,14 @@ def test_a_mask_of_an_image_that_is_set_aside_is_left_out_with_a_warning(toy):
         assert list(toy.run().manifest["pseudo"]) == ["case_004"]
 
 
+def test_files_that_are_no_masks_are_named(toy):
+    write_mask(toy, "case_003")
+    write_record(toy)
+    (toy.raw / "labelsPseudo" / "case_004.nrrd").write_bytes(b"x")
+    with pytest.warns(UserWarning, match=r"no mask CASE.nii.gz are ignored: case_004.nrrd$"):
+        assert list(toy.run().manifest["pseudo"]) == ["case_003"]
+
+
 def test_an_older_manifest_without_masks_is_taken_over(toy):
     path = toy.folder / "nnssl_unlabeled.json"
     manifest = json.loads(path.read_text())
