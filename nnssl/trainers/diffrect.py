@@ -170,8 +170,8 @@ class DiffRectTrainer(SemiSupervisedTrainer):
         good = torch.cat([self._truth(step), step.labels_weak[n:]])  # u reconstructs itself
         out = self._transport(step.weak, step.labels_weak, guidance, good)
         terms = {"loss_rect_w2g": self.hard_loss(out.logits[:n], step.truth, step.valid[:n], 1.0)}
-        if out.latent is not None:
-            terms["loss_latent_l"] = s.lat_l_weight * self._latent_loss(out, slice(None, n))
+        if out.latent is not None and out.target is not None:
+            terms["loss_latent_l"] = s.lat_l_weight * self._latent_loss(out.latent, out.target, slice(None, n))
         return terms, self.label_space.probs(out.logits).detach()
 
     def _strong_to_weak(self, step: Step, better: Tensor, weight: float) -> dict[str, Tensor]:
@@ -191,8 +191,8 @@ class DiffRectTrainer(SemiSupervisedTrainer):
         terms = {"loss_rect_s2w": weight * self.hard_loss(out.logits[u], target[n:], counted, s.pl_dice)}
         if s.s2g:
             terms["loss_rect_s2g"] = self.hard_loss(out.logits[:n], step.truth, step.valid[:n], 1.0)
-        if out.latent is not None:
-            terms["loss_latent_u"] = weight * s.lat_u_weight * self._latent_loss(out, u)
+        if out.latent is not None and out.target is not None:
+            terms["loss_latent_u"] = weight * s.lat_u_weight * self._latent_loss(out.latent, out.target, u)
         if s.complementary:
             probs = self.label_space.probs(out.logits)
             terms["loss_rect_complementary"] = weight * weighted_complementary_loss(
@@ -204,10 +204,9 @@ class DiffRectTrainer(SemiSupervisedTrainer):
         """Return the labeled items' truth; ignored voxels, of which nothing is known, keep theta's label."""
         return step.truth.long().where(step.valid[: step.labeled], step.labels_weak[: step.labeled])
 
-    def _latent_loss(self, out: Rectified, own: slice) -> Tensor:
-        assert out.latent is not None and out.target is not None  # a training pass of a rectifier with a denoiser
+    def _latent_loss(self, latent: Tensor, target: Tensor, own: slice) -> Tensor:
         rows = slice(None) if self.settings.latent_rows == "all" else own
-        return latent_loss(out.latent[rows], out.target[rows], self.settings.latent_distance)
+        return latent_loss(latent[rows], target[rows], self.settings.latent_distance)
 
     def _rectify(self, step: Step, weight: float) -> LossGroup:
         """Return L_Rect: theta learns what the just updated R makes of y_w."""
