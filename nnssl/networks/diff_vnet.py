@@ -83,10 +83,11 @@ class DecoderModes(nn.Module):
         if decoder != "both":
             with self._own_statistics() if self.training and not torch.is_grad_enabled() else contextlib.nullcontext():
                 return self.decode(decoder, self.encode_image(x))
-        features = self.encode_image(x) if self.shares_features else None
+        # theta first: autocast keeps half copies of weights, and those made without gradient must not serve its pass
+        features = self.encode_image(x)
+        theta = self.decode("theta", features)
         with torch.no_grad(), self._own_statistics():
-            psi = self.decode("psi", self.encode_image(x) if features is None else features)
-        theta = self.decode("theta", self.encode_image(x) if features is None else features)
+            psi = self.decode("psi", features if self.shares_features else self.encode_image(x))
         return theta, psi[0] if isinstance(psi, list) else psi
 
     @contextlib.contextmanager

@@ -66,6 +66,12 @@ class GenericSSLTrainer(SemiSupervisedTrainer):
         if s.decoder_init == "shared":
             self.diff_vnet.share_start()
 
+    def on_train_start(self) -> None:
+        """Share theta's start once more: pretrained weights may have changed it since the networks were built."""
+        super().on_train_start()
+        if self.global_step == 0 and self.settings.decoder_init == "shared":
+            self.diff_vnet.share_start()
+
     @property
     def diff_vnet(self) -> DecoderModes:
         """The network below ``torch.compile``."""
@@ -191,6 +197,8 @@ class GenericSSLTrainer(SemiSupervisedTrainer):
 
         s = self.settings
         start = torch.randn(len(images), self.label_space.num_heads, *images.shape[2:], device=images.device)
+        if s.sampling_bf16:
+            torch.clear_autocast_cache()  # copies that the losses made in another half precision must not serve here
         half = torch.autocast(images.device.type, torch.bfloat16) if s.sampling_bf16 else contextlib.nullcontext()
         with half:
             sampled = ddim_sample(x0, start, s.visited(), self.noise)

@@ -59,7 +59,7 @@ class GenericSSLSettings(UnsupervisedSettings):
     )
     rs_tau: float = option(1.0, "temperature of the Gumbel softmax", low=1e-3)
     rs_sigma: float = option(1.0, "width of the smoothing, voxels; 0 = none", low=0)
-    pl_dice: float = option(1.0, "weight of the Dice against pseudo-labels", low=0)
+    pl_dice: float = option(0.0, "weight of the Dice against pseudo-labels (the paper: 1)", low=0)
     # ------------------------------------------------------------------ difficulty-aware re-weighting (DRS)
     drs: bool = option(True, "difficulty-aware class weights in psi's loss")
     drs_branch: str = option("xi", "branch whose Dice tells the difficulty", choices=("xi", "psi"))

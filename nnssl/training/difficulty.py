@@ -100,7 +100,7 @@ class Difficulty:
         product = ((self.unlearn + EPS) / (self.learn + EPS)) ** self.alpha * self.reversed_dice
         if self.norm == "paper":
             return product
-        return len(product) * (product / product.max() if self.norm == "max" else product)
+        return len(product) * (product / product.max().clamp_min(EPS) if self.norm == "max" else product)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return everything that is remembered of the classes."""

@@ -180,6 +180,17 @@ def test_decoders_start_alike_or_not(made, start):
     assert all(alike) == (start == "shared")
 
 
+def test_decoders_share_pretrained_weights_too(made):
+    """Weights that are loaded after the networks were built reach xi and psi before the first step."""
+    trainer = made()
+    with torch.no_grad():
+        for theta, *_ in trainer.diff_vnet.matched_parameters():
+            theta.add_(1)
+    trainer.on_train_start()
+    trainer.close_loaders()
+    assert all(torch.equal(t, x) and torch.equal(t, p) for t, x, p in trainer.diff_vnet.matched_parameters())
+
+
 # ------------------------------------------------------------------------------------------------ diffusion
 
 
@@ -417,7 +428,7 @@ SWITCHES = {
     "log": {"rs_input": "log"},
     "tau": {"rs_tau": 0.3},
     "sigma": {"rs_sigma": 0},
-    "no dice": {"pl_dice": 0},
+    "dice": {"pl_dice": 1},
     "drs psi": {"drs_branch": "psi"},
     "drs max": {"drs_norm": "max"},
     "drs paper": {"drs_norm": "paper"},

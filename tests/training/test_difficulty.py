@@ -135,6 +135,13 @@ def test_norms_scale_the_weights(norm, factor):
     torch.testing.assert_close(b, a / 3 * factor)
 
 
+def test_a_perfect_window_leaves_finite_weights_under_max_normalization():
+    state = Difficulty(2, window=1, norm="max")
+    for _ in range(3):
+        state.update(torch.tensor([[9.0, 4.0]] * 3))
+    assert torch.isfinite(state.weights()).all()
+
+
 def test_the_largest_weight_is_k_under_max_normalization():
     state = Difficulty(3, norm="max")
     plain = Difficulty(3).update(counts(0.2, 0.5, 0.8))
