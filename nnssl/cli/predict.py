@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from nnssl.cli._common import run_command
+from nnssl.cli._common import add_model_arguments, run_command
 from nnssl.errors import UserError
 
 DESCRIPTION = """Predict a folder of images with a trained model.
@@ -24,14 +24,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("-i", required=True, metavar="DIR", help="images CASE_0000.ending, one file a channel")
     parser.add_argument("-o", required=True, metavar="DIR", help="folder for the masks; created when absent")
     model = parser.add_argument_group("the model")
-    model.add_argument("-d", metavar="ID", help="data set id or name")
-    model.add_argument("-c", metavar="CONFIG", help="configuration, such as 2d or 3d_fullres")
-    model.add_argument("-tr", metavar="TRAINER", help="trainer the model was trained with")
-    model.add_argument("-p", default="nnUNetPlans", metavar="PLANS", help="plans name (default: %(default)s)")
-    model.add_argument("--run", metavar="NAME", help="name of the run, if it was trained with one")
-    model.add_argument("-m", metavar="MODEL_FOLDER", help="TRAINER__PLANS__CONFIG folder, instead of -d, -c and -tr")
-    model.add_argument("-f", nargs="+", default=["all"], metavar="FOLD", help="folds to average (default: all)")
-    model.add_argument("-chk", metavar="FILE", help="checkpoint (default: checkpoint_final.pth)")
+    add_model_arguments(model, "data set id or name", "-d, -c and -tr")
     how = parser.add_argument_group("how to predict")
     how.add_argument("--preset", metavar="NAME|FILE", help="apply the predict section of a preset, below the flags")
     how.add_argument("-step_size", type=float, help="tile distance in patch sizes (default: 0.5)")

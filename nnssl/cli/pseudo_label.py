@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nnssl.cli._common import run_command
+from nnssl.cli._common import add_model_arguments, run_command
 from nnssl.errors import UserError
 
 if TYPE_CHECKING:
@@ -31,14 +31,7 @@ def build_parser() -> argparse.ArgumentParser:
         description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     model = parser.add_argument_group("data set and model")
-    model.add_argument("-d", metavar="ID", help="data set id or name (default with -m: the model's)")
-    model.add_argument("-c", metavar="CONFIG", help="configuration, such as 2d or 3d_fullres")
-    model.add_argument("-tr", metavar="TRAINER", help="trainer the model was trained with")
-    model.add_argument("-p", default="nnUNetPlans", metavar="PLANS", help="plans name (default: %(default)s)")
-    model.add_argument("--run", metavar="NAME", help="name of the run, if it was trained with one")
-    model.add_argument("-m", metavar="MODEL_FOLDER", help="TRAINER__PLANS__CONFIG folder, instead of -c and -tr")
-    model.add_argument("-f", nargs="+", default=["all"], metavar="FOLD", help="folds to average (default: all)")
-    model.add_argument("-chk", metavar="FILE", help="checkpoint (default: checkpoint_final.pth)")
+    add_model_arguments(model, "data set id or name (default with -m: the model's)", "-c and -tr")
     kept = parser.add_argument_group("what is kept")
     tau = kept.add_mutually_exclusive_group()
     tau.add_argument("--threshold", type=float, metavar="P", help="confidence below which a voxel is unsure")

@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import tempfile
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -324,7 +325,7 @@ def _with_z(array: np.ndarray) -> np.ndarray:
     return array[None] if array.ndim == 2 else array
 
 
-class Converter:
+class Converter(ABC):
     """A public data set as downloaded: recognizes its layouts and lists its cases.
 
     A subclass sets the class attributes and implements :meth:`detect` and :meth:`cases`; nothing else is needed.
@@ -341,13 +342,13 @@ class Converter:
     PATIENT_PATTERN: ClassVar[str | None] = None
     PUBLISHED: ClassVar[str | None] = None  # file of published splits in dataset_conversion/published
 
+    @abstractmethod
     def detect(self, source: Path) -> str | None:
         """Return the layout of ``source``, a key of :attr:`LAYOUTS`, or None."""
-        raise NotImplementedError
 
+    @abstractmethod
     def cases(self, source: Path, layout: str) -> Iterator[Case]:
         """Yield the cases of the release; reads names only, the images are read one by one when written."""
-        raise NotImplementedError
 
     def provenance(self, layout: str) -> str | None:
         """Say what the release did to the scans that a user of the numbers must know, or None."""

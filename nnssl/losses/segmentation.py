@@ -65,7 +65,7 @@ def soft_dice_loss(
 
 
 @fp32
-def cross_entropy(logits: Tensor, target: Tensor, valid: Tensor | None = None) -> Tensor:
+def cross_entropy(logits: Tensor, target: Tensor, valid: Tensor | None = None, weight: Tensor | None = None) -> Tensor:
     """Compute the cross entropy ``-log softmax(logits)[target]``, averaged over the valid voxels.
 
     Equations 9 and 21 of Diff-CL; every class counts, the background included.
@@ -74,6 +74,8 @@ def cross_entropy(logits: Tensor, target: Tensor, valid: Tensor | None = None) -
         logits: (b, C, ...).
         target: integer labels (b, 1, ...) or (b, ...), in 0..C-1 where valid, anything elsewhere.
         valid: bool (b, 1, ...), True where a voxel counts; None for all.
+        weight: of each item (b,), or of each voxel (b, 1, ...), for masks of unknown quality; None: 1. The sum is
+            divided by the number of voxels, not of weights: a batch of low weights counts less.
 
     Returns:
         A scalar; 0, with a (zero) gradient, when no voxel is valid.
@@ -83,11 +85,22 @@ def cross_entropy(logits: Tensor, target: Tensor, valid: Tensor | None = None) -
     """
     labels = label_map(target, logits)
     mask = check_valid(valid, logits)
-    if mask is None:
+    if mask is None and weight is None:
         return functional.cross_entropy(logits, labels)
-    mask = mask[:, 0]
+    mask = torch.ones_like(labels, dtype=torch.bool) if mask is None else mask[:, 0]
     per_voxel = functional.cross_entropy(logits, labels.where(mask, labels.new_zeros(())), reduction="none")
+    if weight is not None:
+        per_voxel = per_voxel * _of_voxels(weight, logits)
     return per_voxel.where(mask, per_voxel.new_zeros(())).sum() / mask.sum().clamp_min(1)
+
+
+def _of_voxels(weight: Tensor, logits: Tensor) -> Tensor:
+    """Return the weights of items or voxels in a shape that multiplies a map (b, ...)."""
+    if weight.ndim == 1:
+        weight = weight.view(-1, *[1] * (logits.ndim - 1))
+    if weight.ndim != logits.ndim or weight.shape[:2] != (logits.shape[0], 1):
+        raise ValueError(f"weight must have shape (b,) or (b, 1, ...), got {tuple(weight.shape)}")
+    return weight[:, 0]
 
 
 @fp32

@@ -10,6 +10,7 @@ shared. Image stem, encoder and theta are the planned U-Net itself, and nothing 
 from __future__ import annotations
 
 import contextlib
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -23,7 +24,7 @@ from nnssl.networks.planned import Modulation, build_films, locate_base, run_dec
 DECODERS = ("theta", "psi", "xi", "both")
 
 
-class DecoderModes(nn.Module):
+class DecoderModes(nn.Module, ABC):
     """The one entry of a Diff-VNet, whatever its layers are.
 
     Attributes:
@@ -36,21 +37,21 @@ class DecoderModes(nn.Module):
     frozen_statistics = True
 
     @property
+    @abstractmethod
     def decoders(self) -> dict[str, nn.Module]:
         """The three decoders, by the paper's names; same layers, same parameter names."""
-        raise NotImplementedError
 
+    @abstractmethod
     def encode_image(self, x: Tensor) -> list[Tensor]:
         """Return the features of images (b, c, ...), full resolution first."""
-        raise NotImplementedError
 
+    @abstractmethod
     def decode(self, name: str, features: list[Tensor]) -> Tensor | list[Tensor]:
         """Return the output of theta or psi."""
-        raise NotImplementedError
 
+    @abstractmethod
     def denoise(self, x: Tensor, noisy: Tensor, t: Tensor) -> Tensor | list[Tensor]:
         """Return xi's logits of the clean label."""
-        raise NotImplementedError
 
     def matched_parameters(self) -> Iterator[tuple[nn.Parameter, nn.Parameter, nn.Parameter]]:
         """Yield the parameters of theta, xi and psi that stand in the same place."""
@@ -148,6 +149,7 @@ class PlannedDiffVNet(DecoderModes):
             self.films = build_films([*self.diffusion_stem, *self.encoder.stages[1:], *self.xi.stages])
 
     @property
+    @abstractmethod
     def decoders(self) -> dict[str, nn.Module]:
         return {"theta": self.decoder, "psi": self.psi, "xi": self.xi}
 

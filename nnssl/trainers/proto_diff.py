@@ -20,7 +20,6 @@ from torch import Tensor
 from nnssl.diffusion.continuous import T_MAX
 from nnssl.losses.prototype import inter_loss, intra_loss
 from nnssl.losses.segmentation import cross_entropy
-from nnssl.losses.weighted import weighted_cross_entropy
 from nnssl.networks.label_diffusion import Trained
 from nnssl.networks.visual_encoders import load_vit_weights
 from nnssl.trainers.base import SemiSupervisedTrainer, full_resolution
@@ -120,7 +119,7 @@ class ProtoDiffTrainer(SemiSupervisedTrainer):
         out, valid = self._denoise(pseudo["data"], target), self.label_space.valid(target)
 
         def loss(logits: Tensor) -> Tensor:
-            return weighted_cross_entropy(logits, self._rows(target), pseudo["weight"], valid)
+            return cross_entropy(logits, self._rows(target), valid, pseudo["weight"])
 
         terms = {"loss_pseudo": s.pseudo_weight * loss(out.logits)}
         if out.aux:

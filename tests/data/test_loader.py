@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from batchgenerators.dataloading import multi_threaded_augmenter
+from nnssl_test_tools import equal, take
 from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 
 from nnssl.data.loader import IndexedLoader, UnlabeledLoader, _WorkerQueue, wrap_loader
@@ -15,20 +16,6 @@ from nnssl.data.seeding import Stream, seed_everything
 from nnssl.data.unlabeled import UnlabeledDataset
 from nnssl.data.views import unlabeled_transforms
 from nnssl.errors import UserError
-
-
-def take(loader, count, workers=0):
-    batches = wrap_loader(loader, workers)
-    try:
-        return [next(batches) for _ in range(count)]
-    finally:
-        batches.close()
-
-
-def equal(a, b):
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
-    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
 @pytest.mark.parametrize("dim", [2, 3])

@@ -5,28 +5,15 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from nnssl_test_tools import equal, take
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
-from nnssl.data.loader import PseudoLoader, wrap_loader
+from nnssl.data.loader import PseudoLoader
 from nnssl.data.seeding import Stream
 from nnssl.data.views import labeled_transforms
 
 UNSURE = 2
-
-
-def take(loader, count, workers=0):
-    batches = wrap_loader(loader, workers)
-    try:
-        return [next(batches) for _ in range(count)]
-    finally:
-        batches.close()
-
-
-def equal(a, b):
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
-    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from nnssl.data.loader import wrap_loader
+
 #: Shape of a toy case: z, y, x in voxels.
 SHAPE = (12, 40, 40)
 
@@ -22,6 +24,22 @@ def weights(module: torch.nn.Module) -> list[torch.Tensor]:
 def same(a: Sequence[torch.Tensor], b: Sequence[torch.Tensor]) -> bool:
     """Return whether two sequences of tensors agree bit for bit."""
     return len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def take(loader, count: int, workers: int = 0) -> list[dict]:
+    """Return the first batches of a loader."""
+    batches = wrap_loader(loader, workers)
+    try:
+        return [next(batches) for _ in range(count)]
+    finally:
+        batches.close()
+
+
+def equal(a, b) -> bool:
+    """Return whether two batches agree bit for bit."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
 def toy_case(seed: int) -> tuple[np.ndarray, np.ndarray]:
