@@ -149,7 +149,6 @@ class PlannedDiffVNet(DecoderModes):
             self.films = build_films([*self.diffusion_stem, *self.encoder.stages[1:], *self.xi.stages])
 
     @property
-    @abstractmethod
     def decoders(self) -> dict[str, nn.Module]:
         return {"theta": self.decoder, "psi": self.psi, "xi": self.xi}
 
