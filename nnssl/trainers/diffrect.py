@@ -26,6 +26,7 @@ from nnssl.trainers.diffrect_settings import DiffRectSettings, rectifier_shape, 
 from nnssl.trainers.settings import Settings
 from nnssl.trainers.stepping import LossGroup
 from nnssl.training.coloring import color_table, colorize
+from nnssl.training.corruption import paste_boxes
 from nnssl.training.guidance import RunningGuidance, agreement, calibration
 from nnssl.training.pseudo_labels import confident_label, relative_label
 from nnssl.training.ramps import schedule
@@ -153,22 +154,27 @@ class DiffRectTrainer(SemiSupervisedTrainer):
         """Yield R's two transportations; it steps once, after both."""
         s, n = self.settings, step.labeled
         strong_to_weak = s.s2w and weight > 0
-        tau = self._tau(step.labels_weak[:n], step.truth, step.valid[:n])
+        damaged = paste_boxes(step.labels_weak[:n], step.labels_weak, s.damage)
+        tau = self._tau(damaged, step.truth, step.valid[:n])
         own = self._tau(step.labels_strong[n:], step.labels_weak[n:], step.valid[n:])
         self.tau.update(tau if s.rectify_guidance == "labeled" else own)
         better = step.probs_weak
         if s.w2g:
-            terms, better = self._weak_to_truth(step, tau)
+            terms, better = self._weak_to_truth(step, damaged, tau)
             yield LossGroup(terms, step=() if strong_to_weak else ("rectifier",), log={"tau": tau.mean()})
         if strong_to_weak:
             yield LossGroup(self._strong_to_weak(step, better, weight), step=("rectifier",))
 
-    def _weak_to_truth(self, step: Step, tau: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        """Return the terms of W2G (L_Lat-L and R's segmentation loss on l), and what R makes of y_w (probabilities)."""
+    def _weak_to_truth(self, step: Step, damaged: Tensor, tau: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """Return the terms of W2G (L_Lat-L and R's segmentation loss on l), and what R makes of y_w (probabilities).
+
+        ``damaged``: y_w of l, with boxes of other labels pasted in (`damage`); ``tau``: how far that is from the truth.
+        """
         s, n = self.settings, step.labeled
         guidance = torch.cat([tau, tau.mean().expand(len(step.weak) - n)])
         good = torch.cat([self._truth(step), step.labels_weak[n:]])  # u reconstructs itself
-        out = self._transport(step.weak, step.labels_weak, guidance, good)
+        labels = torch.cat([damaged, step.labels_weak[n:]])
+        out = self._transport(step.weak, labels, guidance, good)
         terms = {"loss_rect_w2g": self.hard_loss(out.logits[:n], step.truth, step.valid[:n], 1.0)}
         if out.latent is not None and out.target is not None:
             terms["loss_latent_l"] = s.lat_l_weight * self._latent_loss(out.latent, out.target, slice(None, n))

@@ -90,6 +90,9 @@ class DiffRectSettings(UnsupervisedSettings):
     skips: bool = option(True, "the label decoder sees the finer levels (the paper draws none)")
     s2w: bool = option(True, "strong-to-weak transportation")
     w2g: bool = option(True, "weak-to-ground-truth transportation")
+    damage: float = option(
+        0.0, "probability that boxes of other labels are pasted into a weak label W2G mends (ours)", low=0, high=1
+    )
     s2w_target: str = option("rectified", "label of the strong-to-weak pass", choices=("rectified", "weak"))
     s2w_image: str = option("strong", "image beside the better map of strong-to-weak", choices=("strong", "weak"))
     s2g: bool = option(False, "strong-to-ground-truth too: strong labeled views learn the truth (ours)")

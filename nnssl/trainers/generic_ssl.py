@@ -92,7 +92,7 @@ class GenericSSLTrainer(SemiSupervisedTrainer):
     def branches(self, x: Tensor) -> dict[str, Tensor]:
         """Return theta; xi from noise alone; psi; and the votes of both, which make the pseudo-label."""
         outputs = {"network": self.predict_logits(x)}
-        if self.settings.unsupervised_weight > 0:
+        if self.settings.unsupervised_weight > 0 and self.unlabeled_ids:  # otherwise neither learns anything
             outputs["difficulty"] = full_resolution(self.network(x, decoder="psi"))
             votes = self.label_space.probs(outputs["difficulty"])
             if self.settings.diffusion:
@@ -178,8 +178,7 @@ class GenericSSLTrainer(SemiSupervisedTrainer):
             output = self.network(image)
         votes, log = self.label_space.probs(psi), {"mu": torch.as_tensor(mu, device=self.device)}
         if x0 is not None:
-            agreeing = x0.argmax(1, keepdim=True) == votes.argmax(1, keepdim=True)
-            log["agreement"] = (agreeing & valid).sum() / valid.sum().clamp_min(1)
+            log["agreement"] = _agreement(x0.argmax(1, keepdim=True), votes.argmax(1, keepdim=True), valid)
             votes = votes + self._vote(x0)
         pseudo = votes.argmax(1, keepdim=True)
         self.watch_foreground("pseudo_label", pseudo, valid)
@@ -212,3 +211,9 @@ class GenericSSLTrainer(SemiSupervisedTrainer):
             return (x0 + 1) / 2
         values = log_probabilities(x0) if s.rs_input == "log" else x0
         return reparameterize_and_smooth(values, s.rs_tau, s.rs_sigma)
+
+
+def _agreement(a: Tensor, b: Tensor, valid: Tensor) -> Tensor:
+    """Return the share of the voxels that either hard map (b, 1, ...) calls foreground on which both agree."""
+    either = ((a > 0) | (b > 0)) & valid
+    return ((a == b) & either).sum() / either.sum().clamp_min(1)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from nnssl.diffusion.samplers import spaced_timesteps
 from nnssl.errors import UserError
+from nnssl.networks.diff_vnet_paper import DIVISOR
 from nnssl.trainers.settings import UnsupervisedSettings, option
 from nnssl.training.difficulty import MEMORIES, NORMS
 from nnssl.training.ramps import schedule
@@ -106,6 +107,9 @@ def network_architecture(plans: dict, configuration: str, settings: GenericSSLSe
         plans: a run's own copy of the plans.
         configuration: the configuration that is trained.
         settings: the method's settings.
+
+    Raises:
+        UserError: the V-Net is asked for and cannot take the plan's patch.
     """
     config = plans["configurations"][configuration]
     planned = config["architecture"]
@@ -113,6 +117,10 @@ def network_architecture(plans: dict, configuration: str, settings: GenericSSLSe
         return
     shared = {"batch_statistics": settings.batch_statistics}
     if settings.network == "vnet":
+        patch = config["patch_size"]
+        if any(n % DIVISOR for n in patch):
+            todo = "plan with --patch_size, or set network=plan"
+            raise UserError(f"the V-Net needs patches divisible by {DIVISOR}", list(patch), "multiples", todo)
         kwargs = {"ndim": len(config["patch_size"]), **shared}
         config["architecture"] = {"network_class_name": PAPER, "arch_kwargs": kwargs, "_kw_requires_import": []}
         return

@@ -97,16 +97,17 @@ def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
 
     Explicit averaging replaces DistributedDataParallel because a method may run several forward and backward passes
     a step and may leave parameters without gradient; every rank makes the same single call whatever its batch held.
+    A parameter that no rank has a gradient for keeps none, so that neither momentum nor decay moves it.
     """
     parameters = list(parameters)
-    for p in parameters:
-        if p.grad is None:
-            p.grad = torch.zeros_like(p)
-    flat = torch.cat([p.grad.reshape(-1) for p in parameters])
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    held = torch.tensor([p.grad is not None for p in parameters], dtype=torch.float32, device=gradients[0].device)
+    flat = torch.cat([*(g.reshape(-1) for g in gradients), held])
     dist.all_reduce(flat)
-    flat /= dist.get_world_size()
-    for p, chunk in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
-        p.grad.copy_(chunk.view_as(p))
+    flat, held = flat[: -len(parameters)] / dist.get_world_size(), flat[-len(parameters) :]
+    chunks = flat.split([p.numel() for p in parameters])
+    for p, chunk, holders in zip(parameters, chunks, held.tolist(), strict=True):
+        p.grad = chunk.view_as(p).clone() if holders > 0 else None
 
 
 def broadcast_weights(module: nn.Module) -> None:

@@ -258,6 +258,22 @@ def test_the_rectifier_is_given_what_the_paper_says(made):
     assert rectify["sampling"] == Sampling(2, "ddim", False)
 
 
+def test_damaged_weak_labels_are_mended_and_guided_by_their_own_distance(made):
+    trainer = made(damage=1.0)
+    batch, (w2g, _, rectify) = recorded_step(trainer)
+    n, truth, colors = len(batch["data"]), batch["target"][0], trainer.colors
+    labels = classes_of(w2g["label"], colors)
+    by_hand = guidance_by_hand(labels[:n], truth.flatten(1).numpy(), trainer.label_space.valid(truth))
+    assert w2g["tau"][:n].tolist() == pytest.approx(by_hand, rel=1e-4)
+    assert torch.equal(w2g["good"][:n], colorize(truth, colors))
+    # u keeps its label, and so does what is rectified
+    assert torch.equal(w2g["good"][n:], w2g["label"][n:])
+    assert torch.equal(rectify["label"], w2g["label"][n:])
+    _, (whole, *_) = recorded_step(made(damage=0.0))
+    assert not torch.equal(whole["label"][:n], w2g["label"][:n])
+    assert torch.equal(whole["label"][n:], w2g["label"][n:])
+
+
 def test_strong_labels_are_compared_with_the_rectified_or_the_weak_ones(made):
     taus = {}
     for reference in ("rectified", "weak"):
@@ -409,6 +425,7 @@ ABLATIONS = {
     "detached": {"detach_condition": True},
     "no dropout": {"rectifier_dropout": False},
     "strong to truth": {"s2g": True},
+    "damage": {"damage": 1.0},
     "s2w weak image": {"s2w_image": "weak"},
     "s2w weak target": {"s2w_target": "weak"},
     "linear": {"noise_schedule": "linear", "timesteps": 50},

@@ -17,6 +17,7 @@ from nnssl.errors import UserError
 from nnssl.networks.diff_vnet import PlannedDiffVNet
 from nnssl.networks.diff_vnet_paper import DiffVNet
 from nnssl.trainers.base import full_resolution, to_device
+from nnssl.trainers.generic_ssl import _agreement
 from nnssl.trainers.generic_ssl_settings import GenericSSLSettings, network_architecture
 
 NAME = "GenericSSLTrainer"
@@ -494,7 +495,29 @@ def test_adapting_plans_twice_changes_nothing(toy):
     assert kwargs["base"] == planned["network_class_name"]
 
 
+def test_the_vnet_refuses_a_plan_whose_patch_it_cannot_halve(toy):
+    plans = json.loads((toy.preprocessed / "toy2d.json").read_text())
+    plans["configurations"]["2d"]["patch_size"] = [40, 32]
+    chosen = GenericSSLSettings(network="vnet", deep_supervision=False)
+    with pytest.raises(UserError, match=r"divisible by 16; got \[40, 32\].*--patch_size"):
+        network_architecture(plans, "2d", chosen)
+
+
 # ------------------------------------------------------------------------------------------------ records and refusals
+
+
+def test_agreement_counts_the_foreground_of_either():
+    a, b = torch.tensor([[[0, 1, 1, 2, 0, 2]]]), torch.tensor([[[0, 1, 2, 0, 1, 2]]])
+    everywhere = torch.ones_like(a, dtype=torch.bool)
+    assert _agreement(a, b, everywhere).item() == pytest.approx(2 / 5)
+    assert _agreement(a, b, a > 1).item() == pytest.approx(1 / 2)
+    assert _agreement(a * 0, b * 0, everywhere).item() == 0
+
+
+def test_without_unlabeled_cases_no_untrained_branch_is_watched(made):
+    trainer = made()
+    trainer.unlabeled_ids = []
+    assert set(trainer.branches(torch.zeros(1, 1, 32, 32))) == {"network"}
 
 
 def test_all_branches_are_recorded(toy, results):

@@ -34,6 +34,20 @@ def test_ranks_average_gradients_before_the_scaler_looks_for_infinities(monkeypa
     assert torch.allclose(parameter.detach(), torch.tensor([0.9]))
 
 
+def test_gradients_are_averaged_over_ranks_and_what_no_rank_has_stays_absent(monkeypatch):
+    """A parameter that waits for another loss's step must not be moved by its momentum meanwhile."""
+    here, both, there, nowhere = (torch.nn.Parameter(torch.ones(2)) for _ in range(4))
+    here.grad, both.grad = torch.tensor([2.0, 4.0]), torch.tensor([1.0, 1.0])
+    other = torch.tensor([0.0, 0.0, 3.0, 5.0, 8.0, 6.0, 0.0, 0.0, *(0.0, 1.0, 1.0, 0.0)])  # gradients, who has one
+    monkeypatch.setattr(stepping.dist, "all_reduce", lambda flat: flat.add_(other))
+    monkeypatch.setattr(stepping.dist, "get_world_size", lambda: 2)
+    stepping.average_gradients([here, both, there, nowhere])
+    assert here.grad.tolist() == [1, 2]
+    assert both.grad.tolist() == [2, 3]
+    assert there.grad.tolist() == [4, 3]
+    assert nowhere.grad is None
+
+
 def test_backward_runs_outside_autocast():
     """A part that computes in single precision must get its gradient in single precision too."""
     torch.manual_seed(0)
