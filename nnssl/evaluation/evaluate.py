@@ -17,6 +17,7 @@ from nnssl.errors import UserError
 from nnssl.evaluation.labels import LabelSet, label_values, read_domains
 from nnssl.evaluation.masks import match_masks, read_mask, require_same_geometry
 from nnssl.evaluation.metrics import Emptiness, emptiness
+from nnssl.evaluation.pooled import BACKGROUND, Counts, count, pooled_iou
 from nnssl.evaluation.protocols import CaseMetrics, Protocol, get_protocol
 from nnssl.plans.parallel import default_processes
 
@@ -50,7 +51,8 @@ def evaluate_folders(
         ``foreground_mean`` {metric: mean over classes of the class means} (nnU-Net's convention);
         ``case_foreground`` {case: {metric: mean over the classes not excluded}} with ``foreground_mean_over_cases`` and
         ``foreground_std_over_cases``; ``empty`` {class: {"both_empty": n, "one_empty": n, "cases": {case: which}}};
-        ``domains`` {domain: {"cases": [...], and ``mean`` to ``empty`` as above over the domain's cases}}.
+        ``miou``: IoU over the voxels of all cases together (:func:`nnssl.evaluation.pooled.pooled_iou`);
+        ``domains`` {domain: {"cases": [...], and ``mean`` to ``miou`` as above over the domain's cases}}.
 
     Raises:
         UserError: if a prediction is missing, lies on another grid, or holds labels that dataset.json does not know.
@@ -127,6 +129,7 @@ class _Score:
     case: str
     metrics: dict[str, CaseMetrics]
     empty: dict[str, Emptiness]
+    counts: dict[str, Counts]
     has_spacing: bool
     unknown: list[int]
 
@@ -144,14 +147,19 @@ def _evaluate_case(job: _Job) -> _Score:
     compute = get_protocol(job.protocol).compute
     metrics: dict[str, CaseMetrics] = {}
     empty: dict[str, Emptiness] = {}
+    counts: dict[str, Counts] = {}
+    ignore = job.labels.ignore
+    valid = np.ones(reference.array.shape, bool) if ignore is None else reference.array != ignore
+    rest_predicted, rest_referred = valid.copy(), valid.copy()  # background: valid and in no class
     for name in job.labels.classes:
-        predicted, referred = (job.labels.mask(m.array, name) for m in (prediction, reference))
-        if job.labels.ignore is not None:
-            valid = reference.array != job.labels.ignore
-            predicted, referred = predicted & valid, referred & valid
+        predicted, referred = (job.labels.mask(m.array, name) & valid for m in (prediction, reference))
+        rest_predicted &= ~predicted
+        rest_referred &= ~referred
         metrics[name] = compute(predicted, referred, reference.spacing, job.tolerance_mm)
         empty[name] = emptiness(predicted, referred)
-    return _Score(job.case, metrics, empty, reference.has_spacing, sorted(unknown))
+        counts[name] = count(predicted, referred)
+    counts[BACKGROUND] = count(rest_predicted, rest_referred)
+    return _Score(job.case, metrics, empty, counts, reference.has_spacing, sorted(unknown))
 
 
 def _label_values(path: Path) -> list[int]:
@@ -201,6 +209,7 @@ def _aggregate(scores: list[_Score], names: list[str], protocol: Protocol) -> di
         "foreground_mean_over_cases": {m: _mean(v) for m, v in over_cases.items()},
         "foreground_std_over_cases": {m: _std(v) for m, v in over_cases.items()},
         "empty": {n: _count_empty(scores, n) for n in names},
+        "miou": pooled_iou((score.counts for score in scores), names),
     }
 
 

@@ -19,7 +19,10 @@ _DISTANCES = ("hd95", "assd", "asd")
 
 
 def result_table(result: Mapping[str, Any]) -> str:
-    """Return the table of one evaluation: mean ± standard deviation over cases, per class, foreground and domain."""
+    """Return the tables of one evaluation: means over cases, and IoU over the voxels of all cases.
+
+    The first has mean ± standard deviation per class, and the means of foreground and domains.
+    """
     metrics = result["metrics"]
     head = ["class", *(_title(m, result) for m in metrics), "n", "both empty", "one empty"]
     rows = [head]
@@ -35,7 +38,19 @@ def result_table(result: Mapping[str, Any]) -> str:
         cells = [_cell(m, over["foreground_mean"][m], None) for m in metrics]
         rows.append([f"mean of classes, domain {domain}", *cells, str(len(over["cases"])), "", ""])
     title = f"{result['prediction']}: {len(result['cases'])} cases, protocol {result['protocol']}"
-    return "\n".join([title, _align(rows), *(f"note: {note}" for note in result["notes"])])
+    notes = [f"note: {note}" for note in result["notes"]]
+    return "\n".join([title, _align(rows), "", _align(_pooled_rows(result)), *notes])
+
+
+def _pooled_rows(result: Mapping[str, Any]) -> list[list[str]]:
+    """Return the rows of the IoU over all voxels: a row a class, a column for the whole set and for each domain."""
+    over = {"all cases": result, **{f"domain {name}": part for name, part in result["domains"].items()}}
+    found = [part["miou"] for part in over.values()]
+    rows = [["IoU of the set", *over]]
+    rows += [[name, *(_cell("iou", miou["iou"][name], None) for miou in found)] for name in found[0]["iou"]]
+    for title, key in (("mIoU", "mean"), ("mIoU without background", "mean_without_background")):
+        rows.append([title, *(_cell("iou", miou[key], None) for miou in found)])
+    return rows
 
 
 def comparison_table(rows: Sequence[Mapping[str, Any]]) -> str:
