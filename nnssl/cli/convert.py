@@ -15,11 +15,12 @@ def build_parser() -> argparse.ArgumentParser:
         description="Convert a public data set as downloaded to nnUNet_raw/DatasetXXX_NAME, with its published splits. "
         "nnssl_info datasets lists the data sets; documentation/datasets describes the layouts.",
     )
-    parser.add_argument("source_name", metavar="NAME", help="which data set it is, e.g. LA or ACDC")
+    parser.add_argument("source_name", metavar="NAME", help="which data set it is, e.g. LA or MOSXAV")
     parser.add_argument("source", metavar="SRC", type=Path, help="folder of the unpacked download")
     parser.add_argument("-d", dest="dataset_id", type=int, required=True, help="id of the new data set, 1 to 999")
     parser.add_argument("-n", dest="name", help="name of the new data set (default: NAME)")
     parser.add_argument("--channels", nargs="+", help="channel names instead of the default; noNorm: no normalization")
+    parser.add_argument("--with_unlabeled", action="store_true", help="also write images without labels, to imagesUn")
     parser.add_argument("--link", action="store_true", help="link files that need no conversion instead of copying")
     parser.add_argument("-np", dest="num_processes", type=int, help="processes (default: nnUNet_def_n_proc or cores)")
     return parser
@@ -35,11 +36,18 @@ def execute(args: argparse.Namespace) -> int:
     with plain_warnings("nnssl_convert"):
         processes = args.num_processes or default_processes()
         folder, set_aside = convert(
-            args.source_name, args.source, args.dataset_id, args.name, args.channels, args.link, processes
+            args.source_name,
+            args.source,
+            args.dataset_id,
+            args.name,
+            args.channels,
+            args.link,
+            processes,
+            args.with_unlabeled,
         )
     converter = CONVERTERS[args.source_name]
     print(f"{converter.TITLE}; licence: {converter.LICENCE}; source: {converter.SOURCE_URL}")
-    finish("nnssl_convert", folder, set_aside, subset=True)
+    finish("nnssl_convert", folder, set_aside, subset=not args.with_unlabeled)
     return 0
 
 

@@ -282,7 +282,8 @@ def _write_image(source: Source, target: Path, task: _Task) -> None:
     if _place(source, target, task.file_ending, task.link):
         return
     image = source.read(source.path) if source.read else read_image(source.path)
-    if image.GetNumberOfComponentsPerPixel() > 1 or image.GetDimension() > 3:
+    colored = image.GetNumberOfComponentsPerPixel() > 1 and task.file_ending != ".png"  # nnU-Net reads RGB from PNG
+    if colored or image.GetDimension() > 3:
         what = f"{image.GetDimension()} axes, {image.GetNumberOfComponentsPerPixel()} values a voxel"
         raise ImageReadError(f"{what}; split it into CASE_0000, CASE_0001, ... of one channel each")
     write_image(image, target)
@@ -338,6 +339,7 @@ class Converter(ABC):
     LAYOUTS: ClassVar[dict[str, str]]  # layout -> what the folder must look like
     EXPECTED: ClassVar[dict[str, dict[str, int]]]  # layout -> image folder -> cases of the whole release
     CHANNELS: ClassVar[dict[str, str]] = {"0": "MRI"}
+    FILE_ENDING: ClassVar[str] = ".nii.gz"
     LABELS: ClassVar[dict[str, int]]
     PATIENT_PATTERN: ClassVar[str | None] = None
     PUBLISHED: ClassVar[str | None] = None  # file of published splits in dataset_conversion/published
@@ -348,7 +350,14 @@ class Converter(ABC):
 
     @abstractmethod
     def cases(self, source: Path, layout: str) -> Iterator[Case]:
-        """Yield the cases of the release; reads names only, the images are read one by one when written."""
+        """Yield the cases of the release; the images are read one by one when written.
+
+        Cases of ``imagesUn`` are an optional pool, written when the user asks for it.
+        """
+
+    def channels(self, cases: list[Case]) -> dict[str, str]:
+        """Return ``channel_names`` of dataset.json for the cases found."""
+        return dict(self.CHANNELS)
 
     def provenance(self, layout: str) -> str | None:
         """Say what the release did to the scans that a user of the numbers must know, or None."""

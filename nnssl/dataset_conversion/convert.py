@@ -22,6 +22,7 @@ def convert(
     channels: list[str] | None = None,
     link: bool = False,
     num_processes: int = 1,
+    with_unlabeled: bool = False,
 ) -> tuple[Path, dict[str, str]]:
     """Convert a download and check every case of it.
 
@@ -33,6 +34,7 @@ def convert(
         channels: channel names instead of the converter's, e.g. ``["noNorm"]`` for scans normalized already.
         link: link files that need no conversion.
         num_processes: worker processes.
+        with_unlabeled: also write the release's images without labels, to imagesUn.
 
     Returns:
         folder of the raw data set, and what was set aside.
@@ -47,13 +49,29 @@ def convert(
     if layout is None:
         allowed = " or ".join(converter.LAYOUTS.values())
         raise UserError(f"a download of {source_name} has a known layout", source, allowed, "unpack it; check the path")
-    cases = list(converter.cases(Path(source), layout))
+    cases = _with_or_without_pool(list(converter.cases(Path(source), layout)), with_unlabeled)
     _check_cases(converter, layout, cases)
-    with RawDatasetWriter(dataset_id, name or source_name, ".nii.gz", link) as writer:
-        writer.write(cases, None, num_processes)
+    content = _dataset_json(converter, layout, cases, channels)
+    with RawDatasetWriter(dataset_id, name or source_name, converter.FILE_ENDING, link) as writer:
+        written = writer.write(cases, None, num_processes)
+        if aside := {key.partition("/")[2]: found.left_out for key, found in written.items() if found.left_out}:
+            content["nnssl"]["set_aside"] = aside
         if converter.PUBLISHED:
             write_json(writer.temporary / FILE_NAME, load_published(converter.PUBLISHED))
-        return writer.folder, writer.finish(_dataset_json(converter, layout, channels), num_processes)
+        return writer.folder, writer.finish(content, num_processes)
+
+
+def _with_or_without_pool(cases: list[Case], with_unlabeled: bool) -> list[Case]:
+    """Return the cases to write: the unlabeled ones only if asked for."""
+    pool = sum(case.folder == "imagesUn" for case in cases)
+    if with_unlabeled and not pool:
+        rule = "--with_unlabeled needs images without labels for training"
+        raise UserError(rule, "none in this download", None, "leave --with_unlabeled out")
+    if with_unlabeled:
+        return cases
+    if pool:
+        warnings.warn(f"{pool} images without labels are left out; --with_unlabeled adds them", stacklevel=3)
+    return [case for case in cases if case.folder != "imagesUn"]
 
 
 def _check_cases(converter: Converter, layout: str, cases: list[Case]) -> None:
@@ -67,17 +85,17 @@ def _check_cases(converter: Converter, layout: str, cases: list[Case]) -> None:
             warnings.warn(f"{found} cases for {folder}; the whole release has {expected}", stacklevel=3)
 
 
-def _dataset_json(converter: Converter, layout: str, channels: list[str] | None) -> dict[str, Any]:
-    if channels is not None and len(channels) != len(converter.CHANNELS):
-        raise UserError("--channels names every channel", len(channels), len(converter.CHANNELS), "mend --channels")
+def _dataset_json(converter: Converter, layout: str, cases: list[Case], channels: list[str] | None) -> dict[str, Any]:
+    names = converter.channels(cases)
+    if channels is not None and len(channels) != len(names):
+        raise UserError("--channels names every channel", len(channels), len(names), "mend --channels")
     settings: dict[str, Any] = {"source": converter.NAME, "layout": layout}
     if converter.PATIENT_PATTERN:
         settings["patient_pattern"] = converter.PATIENT_PATTERN
     if provenance := converter.provenance(layout):
         settings["provenance"] = provenance
-    names = {str(i): channel for i, channel in enumerate(channels)} if channels else dict(converter.CHANNELS)
     return {
-        "channel_names": names,
+        "channel_names": dict(zip(names, channels, strict=True)) if channels else names,
         "labels": dict(converter.LABELS),
         "description": converter.TITLE,
         "reference": converter.SOURCE_URL,
