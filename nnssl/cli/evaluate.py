@@ -16,7 +16,8 @@ _PROTOCOLS = ("mm", "literature-la", "literature-acdc", "literature-ad")
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of ``nnssl_evaluate``."""
     parser = argparse.ArgumentParser(
-        description="Dice, Jaccard, HD95, ASSD and NSD per case and class; several -pred are compared case by case."
+        description="Dice, Jaccard, HD95, ASSD and NSD per case and class, and mIoU over all pixels of the set; "
+        "several -pred are compared case by case."
     )
     parser.add_argument("-ref", required=True, type=Path, metavar="DIR", help="folder of reference masks")
     parser.add_argument(
