@@ -36,6 +36,7 @@ class MOSXAV(Converter):
         "trainval/ImageSets/train.txt and val.txt [and test/]"
     }
     EXPECTED = {"frames": {"imagesTr": 275, "imagesVal": 197, "imagesTs": 488}}
+    CHANNELS = {"0": "rgb_to_0_1"}  # of grey frames
     # 5 (others) occurs in test masks only: no method can learn it
     LABELS = {"background": 0, "vessel": 1, "contrast_catheter": 2, "catheter": 3, "balloon": 4, "ignore": 5}
     FILE_ENDING = ".png"
@@ -54,8 +55,8 @@ class MOSXAV(Converter):
             yield Case(frame.name, (Source(frame.image, read),), mask, frame.folder)
 
     def channels(self, cases: list[Case]) -> dict[str, str]:
-        count = 1 if cases[0].images[0].read is read_grey else 3
-        return {str(i): "rgb_to_0_1" for i in range(count)}
+        colored = cases[0].images[0].read is read_rgb
+        return {str(i): "rgb_to_0_1" for i in range(3)} if colored else dict(self.CHANNELS)
 
 
 class Frame(NamedTuple):

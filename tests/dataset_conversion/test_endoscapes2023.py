@@ -62,7 +62,7 @@ def root(tmp_path: Path) -> Path:
             save_coco(folder / f"{role}{ending}", names)
             for name in [*names, f"{names[0][:-1]}9"]:  # the last one has no annotation
                 save_frame(folder / f"{role}{ending}", name)
-    for name in sum(SEG50.values(), []):
+    for name in [name for names in SEG50.values() for name in names]:
         save_mask(folder, name, mask(name))
     published = load_published("endoscapes2023.json")
     for role, names in SEG50.items():
@@ -233,4 +233,4 @@ def test_published_ranges_are_the_whole_of_bbox201():
     published = load_published("endoscapes2023.json")
     roles = [published[role] for role in ("train", "val", "test")]
     assert [len(role) for role in roles] == [120, 41, 40]
-    assert sorted(map(int, sum(roles, []))) == list(range(1, 202))
+    assert sorted(int(name) for role in roles for name in role) == list(range(1, 202))
