@@ -145,6 +145,26 @@ class Modulation:
         self.embedding, self.films = embedding, films
 
 
+def set_dropout(configuration: dict[str, Any], rate: float) -> None:
+    """Give a configuration's planned network channel dropout after the convolution of every block (idempotent).
+
+    Whole channels are dropped: the norm that follows would undo the scaling of single values. Weights start as without
+    dropout, but norms have other names in the state dict, because nnU-Net's blocks number their layers.
+
+    Args:
+        configuration: a configuration of a run's own copy of the plans.
+        rate: in (0, 1).
+    """
+    architecture, ndim = configuration["architecture"], len(configuration["patch_size"])
+    kwargs = {"dropout_op": f"torch.nn.modules.dropout.Dropout{ndim}d", "dropout_op_kwargs": {"p": rate}}
+    named = [*architecture["_kw_requires_import"], "dropout_op"]
+    configuration["architecture"] = {
+        **architecture,
+        "arch_kwargs": {**architecture["arch_kwargs"], **kwargs},
+        "_kw_requires_import": list(dict.fromkeys(named)),
+    }
+
+
 def locate_base(base: str) -> type[nn.Module]:
     """Return the planned class behind a dotted path.
 

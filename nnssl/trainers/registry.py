@@ -66,6 +66,15 @@ TRAINERS: dict[str, TrainerInfo] = {
         2.2,
         "the segmentation network",
     ),
+    "FixMatchTrainer": TrainerInfo(
+        "nnssl.trainers.fixmatch",
+        "FixMatch",
+        "Sohn et al., NeurIPS 2020",
+        "weak and strong views, confident hard pseudo-labels",
+        7 / 3,
+        1.1,
+        "the network",
+    ),
     "GenericSSLTrainer": TrainerInfo(
         "nnssl.trainers.generic_ssl",
         "A&D",

@@ -7,6 +7,7 @@ for each class, so that look-ups agree and objects pickle.
 from nnssl.trainers.cps import CPSTrainer
 from nnssl.trainers.diffcl import DiffCLTrainer
 from nnssl.trainers.diffrect import DiffRectTrainer
+from nnssl.trainers.fixmatch import FixMatchTrainer
 from nnssl.trainers.generic_ssl import GenericSSLTrainer
 from nnssl.trainers.mean_teacher import MeanTeacherTrainer
 from nnssl.trainers.proto_diff import ProtoDiffTrainer
@@ -16,6 +17,7 @@ __all__ = [
     "CPSTrainer",
     "DiffCLTrainer",
     "DiffRectTrainer",
+    "FixMatchTrainer",
     "GenericSSLTrainer",
     "MeanTeacherTrainer",
     "ProtoDiffTrainer",
