@@ -84,6 +84,15 @@ TRAINERS: dict[str, TrainerInfo] = {
         1.3,
         "image stem, encoder and predictor decoder theta (the other decoders lie beside them)",
     ),
+    "ICTTrainer": TrainerInfo(
+        "nnssl.trainers.ict",
+        "Interpolation consistency training",
+        "Verma et al., IJCAI 2019",
+        "EMA teacher, mixup",
+        7 / 3,
+        1.3,
+        "the student",
+    ),
     "MeanTeacherTrainer": TrainerInfo(
         "nnssl.trainers.mean_teacher",
         "Mean teacher",
@@ -110,6 +119,15 @@ TRAINERS: dict[str, TrainerInfo] = {
         1.0,
         1.0,
         "the network",
+    ),
+    "UAMTTrainer": TrainerInfo(
+        "nnssl.trainers.ua_mt",
+        "Uncertainty-aware mean teacher",
+        "Yu et al., MICCAI 2019",
+        "EMA teacher, Monte Carlo dropout masks uncertain voxels",
+        5.0,
+        1.3,
+        "the student",
     ),
 }
 

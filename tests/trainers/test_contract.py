@@ -32,6 +32,8 @@ OFF = {
     "DiffCLTrainer": {"mu_d": 0, "mu_c": 0, "hfm": False},
     "DiffRectTrainer": {"unsupervised_weight": 0, "rect_weight": 0},
     "FixMatchTrainer": {"unsupervised_weight": 0},
+    "ICTTrainer": {"unsupervised_weight": 0},
+    "UAMTTrainer": {"unsupervised_weight": 0, "dropout": 0},
 }
 
 

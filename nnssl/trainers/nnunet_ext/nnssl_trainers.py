@@ -9,9 +9,11 @@ from nnssl.trainers.diffcl import DiffCLTrainer
 from nnssl.trainers.diffrect import DiffRectTrainer
 from nnssl.trainers.fixmatch import FixMatchTrainer
 from nnssl.trainers.generic_ssl import GenericSSLTrainer
+from nnssl.trainers.ict import ICTTrainer
 from nnssl.trainers.mean_teacher import MeanTeacherTrainer
 from nnssl.trainers.proto_diff import ProtoDiffTrainer
 from nnssl.trainers.supervised import SupervisedTrainer
+from nnssl.trainers.ua_mt import UAMTTrainer
 
 __all__ = [
     "CPSTrainer",
@@ -19,7 +21,9 @@ __all__ = [
     "DiffRectTrainer",
     "FixMatchTrainer",
     "GenericSSLTrainer",
+    "ICTTrainer",
     "MeanTeacherTrainer",
     "ProtoDiffTrainer",
     "SupervisedTrainer",
+    "UAMTTrainer",
 ]
