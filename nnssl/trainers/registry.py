@@ -39,6 +39,15 @@ class TrainerInfo:
 
 #: One entry a trainer, in alphabetical order; a test holds modules, registry and documentation pages together.
 TRAINERS: dict[str, TrainerInfo] = {
+    "BCPTrainer": TrainerInfo(
+        "nnssl.trainers.bcp",
+        "Bidirectional copy-paste",
+        "Bai et al., CVPR 2023",
+        "EMA teacher, labeled and unlabeled crops in one image",
+        4 / 3,
+        1.3,
+        "the student",
+    ),
     "CPSTrainer": TrainerInfo(
         "nnssl.trainers.cps",
         "Cross pseudo supervision",

@@ -4,6 +4,7 @@ nnU-Net imports the files of this folder as flat modules and forgets them again.
 for each class, so that look-ups agree and objects pickle.
 """
 
+from nnssl.trainers.bcp import BCPTrainer
 from nnssl.trainers.cps import CPSTrainer
 from nnssl.trainers.diffcl import DiffCLTrainer
 from nnssl.trainers.diffrect import DiffRectTrainer
@@ -16,6 +17,7 @@ from nnssl.trainers.supervised import SupervisedTrainer
 from nnssl.trainers.ua_mt import UAMTTrainer
 
 __all__ = [
+    "BCPTrainer",
     "CPSTrainer",
     "DiffCLTrainer",
     "DiffRectTrainer",
