@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pydoc
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -121,9 +121,13 @@ def build_films(sections: Sequence[nn.Module]) -> nn.ModuleList:
 
 
 def run_decoder(
-    decoder: nn.Module, skips: Sequence[Tensor], modulation: Modulation | None, deep_supervision: bool
+    decoder: nn.Module,
+    skips: Sequence[Tensor],
+    modulation: Modulation | None,
+    deep_supervision: bool,
+    before_head: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Tensor | list[Tensor], Tensor]:
-    """Run a planned decoder on the encoder's outputs.
+    """Run a planned decoder on the encoder's outputs; ``before_head`` changes what a segmentation layer is given.
 
     Returns:
         Logits, or with deep supervision a list of them (full resolution first), and the last layer's input.
@@ -134,7 +138,7 @@ def run_decoder(
         x = torch.cat((decoder.transpconvs[s](x), skips[-(s + 2)]), 1)
         x = run_stage(stage, x, modulation)
         if deep_supervision or s == last:
-            outputs.append(decoder.seg_layers[s](x))
+            outputs.append(decoder.seg_layers[s](x if before_head is None else before_head(x)))
     return (outputs[::-1] if deep_supervision else outputs[-1]), x
 
 

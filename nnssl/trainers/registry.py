@@ -138,6 +138,15 @@ TRAINERS: dict[str, TrainerInfo] = {
         1.3,
         "the student",
     ),
+    "URPCTrainer": TrainerInfo(
+        "nnssl.trainers.urpc",
+        "URPC",
+        "Luo et al., MICCAI 2021",
+        "consistency over resolutions, weighted by their divergence",
+        2.0,
+        1.3,
+        "the network",
+    ),
 }
 
 

@@ -15,6 +15,7 @@ from nnssl.trainers.mean_teacher import MeanTeacherTrainer
 from nnssl.trainers.proto_diff import ProtoDiffTrainer
 from nnssl.trainers.supervised import SupervisedTrainer
 from nnssl.trainers.ua_mt import UAMTTrainer
+from nnssl.trainers.urpc import URPCTrainer
 
 __all__ = [
     "BCPTrainer",
@@ -28,4 +29,5 @@ __all__ = [
     "ProtoDiffTrainer",
     "SupervisedTrainer",
     "UAMTTrainer",
+    "URPCTrainer",
 ]
