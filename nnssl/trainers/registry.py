@@ -102,6 +102,15 @@ TRAINERS: dict[str, TrainerInfo] = {
         1.3,
         "the student",
     ),
+    "MCNetTrainer": TrainerInfo(
+        "nnssl.trainers.mc_net",
+        "MC-Net, MC-Net+",
+        "Wu et al., MICCAI 2021, MedIA 2022",
+        "one encoder, several decoders, mutual consistency",
+        3.0,
+        1.6,
+        "encoder and first decoder (the others lie beside them)",
+    ),
     "MeanTeacherTrainer": TrainerInfo(
         "nnssl.trainers.mean_teacher",
         "Mean teacher",

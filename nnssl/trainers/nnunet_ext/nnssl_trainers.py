@@ -11,6 +11,7 @@ from nnssl.trainers.diffrect import DiffRectTrainer
 from nnssl.trainers.fixmatch import FixMatchTrainer
 from nnssl.trainers.generic_ssl import GenericSSLTrainer
 from nnssl.trainers.ict import ICTTrainer
+from nnssl.trainers.mc_net import MCNetTrainer
 from nnssl.trainers.mean_teacher import MeanTeacherTrainer
 from nnssl.trainers.proto_diff import ProtoDiffTrainer
 from nnssl.trainers.supervised import SupervisedTrainer
@@ -25,6 +26,7 @@ __all__ = [
     "FixMatchTrainer",
     "GenericSSLTrainer",
     "ICTTrainer",
+    "MCNetTrainer",
     "MeanTeacherTrainer",
     "ProtoDiffTrainer",
     "SupervisedTrainer",
