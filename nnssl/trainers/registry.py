@@ -39,6 +39,15 @@ class TrainerInfo:
 
 #: One entry a trainer, in alphabetical order; a test holds modules, registry and documentation pages together.
 TRAINERS: dict[str, TrainerInfo] = {
+    "ACMTTrainer": TrainerInfo(
+        "nnssl.trainers.ac_mt",
+        "AC-MT",
+        "Xu et al., MedIA 2023",
+        "EMA teacher, consistency on ambiguous voxels",
+        7 / 3,
+        1.3,
+        "the student",
+    ),
     "BCPTrainer": TrainerInfo(
         "nnssl.trainers.bcp",
         "Bidirectional copy-paste",

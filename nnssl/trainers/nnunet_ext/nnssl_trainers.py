@@ -4,6 +4,7 @@ nnU-Net imports the files of this folder as flat modules and forgets them again.
 for each class, so that look-ups agree and objects pickle.
 """
 
+from nnssl.trainers.ac_mt import ACMTTrainer
 from nnssl.trainers.bcp import BCPTrainer
 from nnssl.trainers.cps import CPSTrainer
 from nnssl.trainers.diffcl import DiffCLTrainer
@@ -19,6 +20,7 @@ from nnssl.trainers.ua_mt import UAMTTrainer
 from nnssl.trainers.urpc import URPCTrainer
 
 __all__ = [
+    "ACMTTrainer",
     "BCPTrainer",
     "CPSTrainer",
     "DiffCLTrainer",
