@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import pydoc
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -167,6 +168,21 @@ def set_dropout(configuration: dict[str, Any], rate: float) -> None:
         "arch_kwargs": {**architecture["arch_kwargs"], **kwargs},
         "_kw_requires_import": list(dict.fromkeys(named)),
     }
+
+
+def extend_planned(configuration: dict[str, Any], network: str, **kwargs: Any) -> None:
+    """Put a network that extends the planned one into a configuration (idempotent).
+
+    Args:
+        configuration: a configuration of a run's own copy of the plans.
+        network: dotted path of a class that takes the planned class's arguments, its path as ``base``, and ``kwargs``.
+        **kwargs: further arguments, JSON-able.
+    """
+    architecture = configuration["architecture"]
+    if architecture["network_class_name"] == network:
+        return
+    given = {**copy.deepcopy(architecture["arch_kwargs"]), "base": architecture["network_class_name"], **kwargs}
+    configuration["architecture"] = {**architecture, "network_class_name": network, "arch_kwargs": given}
 
 
 def locate_base(base: str) -> type[nn.Module]:

@@ -1,4 +1,4 @@
-"""Ambiguity-selective mean teacher: the student follows the teacher on the voxels that are hard, and on those alone.
+"""Ambiguity-consensus mean teacher: the student follows the teacher on the voxels that are hard, and on those alone.
 
 Xu et al., "Ambiguity-selective Consistency Regularization for Mean-Teacher Semi-supervised Medical Image Segmentation",
 Medical Image Analysis 2023 (AC-MT). With a mask m of ambiguous voxels::
@@ -14,25 +14,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from nnssl.errors import UserError
 from nnssl.losses.consistency import probability_mse
-from nnssl.trainers.base import full_resolution
-from nnssl.trainers.one_network import OneNetworkMethod
-from nnssl.trainers.settings import UnsupervisedSettings, option
+from nnssl.trainers.one_network import TeacherMethod, TeacherSettings
+from nnssl.trainers.settings import option
 from nnssl.trainers.stepping import LossGroup
 from nnssl.training.mc_dropout import dropout_active, mean_prediction, noisy
 from nnssl.training.ramps import sigmoid_ramp
 
 
 @dataclass(frozen=True)
-class ACMTSettings(UnsupervisedSettings):
-    """Settings of the ambiguity-selective mean teacher."""
+class ACMTSettings(TeacherSettings):
+    """Settings of the ambiguity-consensus mean teacher."""
 
-    unsupervised_weight: float = option(10.0, "weight of the consistency loss at the end of its schedule", low=0)
-    ema_decay: float = option(0.99, "decay of the teacher", low=0, high=0.999999)
+    unsupervised_weight: float = option(0.1, "weight of the consistency loss at the end of its schedule", low=0)
     ambiguity: str = option(
         "entropy",
         "ambiguous voxels: the student's entropy, or the teacher's under Monte Carlo dropout (needs dropout)",
@@ -59,25 +54,18 @@ class ACMTSettings(UnsupervisedSettings):
         return 0.95 if self.ambiguity == "entropy" else 0.9
 
 
-class ACMTTrainer(OneNetworkMethod):
+class ACMTTrainer(TeacherMethod):
     """Student and EMA teacher with a mask of ambiguous voxels; the student predicts."""
 
     settings_class = ACMTSettings
     settings: ACMTSettings
 
     def build_method(self) -> None:
+        super().build_method()
         s = self.settings
-        self.teacher = self.add_teacher("teacher", "network", s.ema_decay)
         if s.unsupervised_weight > 0 and s.ambiguity == "dropout":
             with dropout_active(self.teacher):  # refuses a network without dropout before the run starts
                 pass
-
-    def branches(self, x: Tensor) -> dict[str, Tensor]:
-        return {"student": self.predict_logits(x), "teacher": full_resolution(self.teacher(x))}
-
-    def teach(self, x: Tensor) -> Tensor:
-        """Return the teacher's probabilities (b, C, ...) of images (b, c, ...)."""
-        return self.label_space.probs(full_resolution(self.teacher(x)))
 
     def threshold(self) -> float:
         """Return the least entropy of an ambiguous voxel at this step, in nats."""
@@ -88,8 +76,7 @@ class ACMTTrainer(OneNetworkMethod):
     def unsupervised_losses(self, unlabeled: dict[str, Any]) -> LossGroup:
         """Return L_c over the ambiguous voxels."""
         s, space, valid, weak = self.settings, self.label_space, unlabeled["valid"], unlabeled["weak"]
-        with torch.no_grad():
-            target = self.teach(noisy(weak, s.noise))
+        target = self.teach(noisy(weak, s.noise))
         self.watch_foreground("teacher", space.harden(target), valid)
         probs = space.probs(self.predict_logits(unlabeled["strong"]))
         if s.ambiguity == "entropy":

@@ -14,46 +14,37 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from nnssl.losses.consistency import probability_mse
-from nnssl.trainers.base import full_resolution
-from nnssl.trainers.one_network import OneNetworkMethod
-from nnssl.trainers.settings import UnsupervisedSettings, option
+from nnssl.trainers.one_network import TeacherMethod, TeacherSettings
+from nnssl.trainers.settings import option
 from nnssl.trainers.stepping import LossGroup
 from nnssl.training.mixing import draw_mixup, mixup, partners_of
 
 
 @dataclass(frozen=True)
-class ICTSettings(UnsupervisedSettings):
+class ICTSettings(TeacherSettings):
     """Settings of interpolation consistency training."""
 
-    unsupervised_weight: float = option(10.0, "w: weight of the consistency loss at the end of its schedule", low=0)
-    ema_decay: float = option(0.99, "decay of the teacher", low=0, high=0.999999)
+    unsupervised_weight: float = option(0.1, "w: weight of the consistency loss at the end of its schedule", low=0)
     alpha: float = option(0.2, "alpha: lambda follows Beta(alpha, alpha)", low=1e-3)
 
 
-class ICTTrainer(OneNetworkMethod):
+class ICTTrainer(TeacherMethod):
     """Student and EMA teacher on interpolated unlabeled crops; the student predicts."""
 
     settings_class = ICTSettings
     settings: ICTSettings
 
     def build_method(self) -> None:
-        self.teacher = self.add_teacher("teacher", "network", self.settings.ema_decay)
+        super().build_method()
         if self.unlabeled_batch_size() < 2:
             self.warn("one unlabeled crop a step has no other to mix with: set unlabeled_batch=2 or more")
-
-    def branches(self, x: Tensor) -> dict[str, Tensor]:
-        return {"student": self.predict_logits(x), "teacher": full_resolution(self.teacher(x))}
 
     def unsupervised_losses(self, unlabeled: dict[str, Any]) -> LossGroup:
         """Return L_US; a voxel counts where both crops have data."""
         space, u, valid = self.label_space, unlabeled["strong"], unlabeled["valid"]
         other, share = partners_of(len(u)).to(u.device), draw_mixup(self.settings.alpha)
-        with torch.no_grad():
-            target = space.probs(full_resolution(self.teacher(u)))
+        target = self.teach(u)
         self.watch_foreground("teacher", space.harden(target), valid)
         probs = space.probs(self.predict_logits(mixup(u, u[other], share)))
         cost = probability_mse(probs, mixup(target, target[other], share), valid & valid[other])

@@ -11,7 +11,6 @@ Sharpened predictions are constants here; in the authors' code they carry a grad
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +18,7 @@ from typing import Any
 from torch import Tensor
 
 from nnssl.losses.consistency import mutual_consistency
+from nnssl.networks.planned import extend_planned
 from nnssl.trainers.base import SemiSupervisedTrainer, full_resolution
 from nnssl.trainers.settings import Settings, UnsupervisedSettings, option
 from nnssl.trainers.stepping import LossGroup
@@ -53,18 +53,8 @@ class MCNetTrainer(SemiSupervisedTrainer):
     def adapt_plans(cls, plans: dict, configuration: str, settings: Settings) -> None:
         """Give the planned network its further decoders."""
         assert isinstance(settings, MCNetSettings)  # built by the base from settings_class
-        architecture = plans["configurations"][configuration]["architecture"]
-        if architecture["network_class_name"] != NETWORK:
-            kwargs = {
-                **copy.deepcopy(architecture["arch_kwargs"]),
-                "base": architecture["network_class_name"],
-                "upsampling": list(UPSAMPLING[: settings.decoders - 1]),
-            }
-            plans["configurations"][configuration]["architecture"] = {
-                **architecture,
-                "network_class_name": NETWORK,
-                "arch_kwargs": kwargs,
-            }
+        upsampling = list(UPSAMPLING[: settings.decoders - 1])
+        extend_planned(plans["configurations"][configuration], NETWORK, upsampling=upsampling)
 
     def branches(self, x: Tensor) -> dict[str, Tensor]:
         outputs = [full_resolution(output) for output in self.network(x, every=True)]

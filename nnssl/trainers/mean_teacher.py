@@ -11,25 +11,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from nnssl.losses.consistency import probability_mse
-from nnssl.trainers.base import full_resolution
-from nnssl.trainers.one_network import OneNetworkMethod
-from nnssl.trainers.settings import UnsupervisedSettings, option
+from nnssl.trainers.one_network import TeacherMethod, TeacherSettings
+from nnssl.trainers.settings import option
 from nnssl.trainers.stepping import LossGroup
 
 
 @dataclass(frozen=True)
-class MeanTeacherSettings(UnsupervisedSettings):
+class MeanTeacherSettings(TeacherSettings):
     """Settings of the mean teacher."""
 
     unsupervised_weight: float = option(10.0, "weight of the consistency cost at the end of its schedule", low=0)
-    ema_decay: float = option(0.99, "decay of the teacher", low=0, high=0.999999)
 
 
-class MeanTeacherTrainer(OneNetworkMethod):
+class MeanTeacherTrainer(TeacherMethod):
     """Student and EMA teacher; the student predicts.
 
     ``J = mean (p_student(strong) - p_teacher(weak))^2`` over valid voxels and classes (the paper's consistency cost).
@@ -38,16 +33,9 @@ class MeanTeacherTrainer(OneNetworkMethod):
     settings_class = MeanTeacherSettings
     settings: MeanTeacherSettings
 
-    def build_method(self) -> None:
-        self.teacher = self.add_teacher("teacher", "network", self.settings.ema_decay)
-
-    def branches(self, x: Tensor) -> dict[str, Tensor]:
-        return {"student": self.predict_logits(x), "teacher": full_resolution(self.teacher(x))}
-
     def unsupervised_losses(self, unlabeled: dict[str, Any]) -> LossGroup:
         """Return the consistency cost J."""
-        with torch.no_grad():
-            target = self.label_space.probs(full_resolution(self.teacher(unlabeled["weak"])))
+        target = self.teach(unlabeled["weak"])
         probs = self.label_space.probs(self.predict_logits(unlabeled["strong"]))
         self.watch_foreground("teacher", self.label_space.harden(target), unlabeled["valid"])
         return LossGroup({"loss_consistency": probability_mse(probs, target, unlabeled["valid"])})

@@ -1,12 +1,16 @@
-"""The step that methods share which train the predicting network alone."""
+"""What methods share that train the predicting network alone: one step, and an EMA teacher."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
-from nnssl.trainers.base import SemiSupervisedTrainer
-from nnssl.trainers.settings import UnsupervisedSettings
+import torch
+from torch import Tensor
+
+from nnssl.trainers.base import SemiSupervisedTrainer, full_resolution
+from nnssl.trainers.settings import UnsupervisedSettings, option
 from nnssl.trainers.stepping import LossGroup
 
 
@@ -37,3 +41,28 @@ class OneNetworkMethod(SemiSupervisedTrainer):
         group.terms = {name: weight * term for name, term in group.terms.items()}
         group.step = ("network",)
         yield group
+
+
+@dataclass(frozen=True)
+class TeacherSettings(UnsupervisedSettings):
+    """Settings of methods with an EMA teacher."""
+
+    ema_decay: float = option(0.99, "decay of the teacher", low=0, high=0.999999)
+
+
+class TeacherMethod(OneNetworkMethod):
+    """A student, which is trained and predicts, and the moving average of it, which teaches."""
+
+    settings_class = TeacherSettings
+    settings: TeacherSettings
+
+    def build_method(self) -> None:
+        self.teacher = self.add_teacher("teacher", "network", self.settings.ema_decay)
+
+    def branches(self, x: Tensor) -> dict[str, Tensor]:
+        return {"student": self.predict_logits(x), "teacher": full_resolution(self.teacher(x))}
+
+    @torch.no_grad()
+    def teach(self, x: Tensor) -> Tensor:
+        """Return the teacher's probabilities (b, C, ...) of images (b, c, ...)."""
+        return self.label_space.probs(full_resolution(self.teacher(x)))

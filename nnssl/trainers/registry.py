@@ -116,7 +116,7 @@ TRAINERS: dict[str, TrainerInfo] = {
         "MC-Net, MC-Net+",
         "Wu et al., MICCAI 2021, MedIA 2022",
         "one encoder, several decoders, mutual consistency",
-        3.0,
+        3.2,
         1.6,
         "encoder and first decoder (the others lie beside them)",
     ),

@@ -15,24 +15,19 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from nnssl.losses.consistency import probability_mse
-from nnssl.trainers.base import full_resolution
-from nnssl.trainers.one_network import OneNetworkMethod
-from nnssl.trainers.settings import UnsupervisedSettings, option
+from nnssl.trainers.one_network import TeacherMethod, TeacherSettings
+from nnssl.trainers.settings import option
 from nnssl.trainers.stepping import LossGroup
 from nnssl.training.mc_dropout import dropout_active, mean_prediction
 from nnssl.training.ramps import sigmoid_ramp
 
 
 @dataclass(frozen=True)
-class UAMTSettings(UnsupervisedSettings):
+class UAMTSettings(TeacherSettings):
     """Settings of the uncertainty-aware mean teacher."""
 
-    unsupervised_weight: float = option(10.0, "weight of the consistency loss at the end of its schedule", low=0)
-    ema_decay: float = option(0.99, "decay of the teacher", low=0, high=0.999999)
+    unsupervised_weight: float = option(0.1, "weight of the consistency loss at the end of its schedule", low=0)
     dropout: float = option(
         0.1, "rate of channel dropout in every block of the planned network; 0 = as planned", low=0, high=0.9
     )
@@ -44,24 +39,17 @@ class UAMTSettings(UnsupervisedSettings):
     )
 
 
-class UAMTTrainer(OneNetworkMethod):
+class UAMTTrainer(TeacherMethod):
     """Student and EMA teacher with a mask of certain voxels; the student predicts."""
 
     settings_class = UAMTSettings
     settings: UAMTSettings
 
     def build_method(self) -> None:
-        self.teacher = self.add_teacher("teacher", "network", self.settings.ema_decay)
+        super().build_method()
         if self.settings.unsupervised_weight > 0:
             with dropout_active(self.teacher):  # refuses a network without dropout before the run starts
                 pass
-
-    def branches(self, x: Tensor) -> dict[str, Tensor]:
-        return {"student": self.predict_logits(x), "teacher": full_resolution(self.teacher(x))}
-
-    def teach(self, x: Tensor) -> Tensor:
-        """Return the teacher's probabilities (b, C, ...) of images (b, c, ...)."""
-        return self.label_space.probs(full_resolution(self.teacher(x)))
 
     def threshold(self) -> float:
         """Return H at this step, in nats."""
@@ -74,8 +62,7 @@ class UAMTTrainer(OneNetworkMethod):
         s, space, valid = self.settings, self.label_space, unlabeled["valid"]
         mean = mean_prediction(self.teach, self.teacher, unlabeled["weak"], s.passes, s.noise)
         certain = valid & (space.entropy(mean) < self.threshold())
-        with torch.no_grad():
-            target = self.teach(unlabeled["weak"])
+        target = self.teach(unlabeled["weak"])
         self.watch_foreground("teacher", space.harden(target), valid)
         cost = probability_mse(space.probs(self.predict_logits(unlabeled["strong"])), target, certain)
         if s.uncertainty_limit == "published":

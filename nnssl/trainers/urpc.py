@@ -7,7 +7,6 @@ supervision are the pyramid, see :func:`nnssl.losses.pyramid.pyramid_consistency
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +14,7 @@ from torch.nn import functional
 
 from nnssl.errors import UserError
 from nnssl.losses.pyramid import pyramid_consistency
+from nnssl.networks.planned import extend_planned
 from nnssl.trainers.one_network import OneNetworkMethod
 from nnssl.trainers.settings import Settings, UnsupervisedSettings, option
 from nnssl.trainers.stepping import LossGroup
@@ -28,7 +28,7 @@ TRAINED = 1e-3
 class URPCSettings(UnsupervisedSettings):
     """Settings of uncertainty rectified pyramid consistency."""
 
-    unsupervised_weight: float = option(1.0, "lambda: weight of the pyramid consistency at the end", low=0)
+    unsupervised_weight: float = option(0.1, "lambda: weight of the pyramid consistency at the end", low=0)
     scales: int = option(4, "resolutions that must agree, from the highest down, as far as they are trained", low=2)
     head_dropout: float = option(0.3, "rate of dropout before each head, on unlabeled crops", low=0, high=0.9)
     head_noise: float = option(0.3, "features there are multiplied by 1 + U(-this, this)", low=0, high=1)
@@ -49,14 +49,7 @@ class URPCTrainer(OneNetworkMethod):
     @classmethod
     def adapt_plans(cls, plans: dict, configuration: str, settings: Settings) -> None:
         """Let the planned network return its pyramid."""
-        architecture = plans["configurations"][configuration]["architecture"]
-        if architecture["network_class_name"] != NETWORK:
-            kwargs = {**copy.deepcopy(architecture["arch_kwargs"]), "base": architecture["network_class_name"]}
-            plans["configurations"][configuration]["architecture"] = {
-                **architecture,
-                "network_class_name": NETWORK,
-                "arch_kwargs": kwargs,
-            }
+        extend_planned(plans["configurations"][configuration], NETWORK)
 
     def build_method(self) -> None:
         trained = sum(weight > TRAINED for weight in getattr(self.loss, "weight_factors", (1.0,)))

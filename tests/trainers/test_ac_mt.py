@@ -1,4 +1,4 @@
-"""The ambiguity-selective mean teacher: its mask and its thresholds."""
+"""The ambiguity-consensus mean teacher: its mask and its thresholds."""
 
 import math
 

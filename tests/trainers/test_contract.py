@@ -164,7 +164,8 @@ def train_argv(toy, name, configuration="2d", *more):
 
 @pytest.mark.parametrize(
     ("name", "configuration"),
-    [(n, "2d") for n in ALL] + [("DiffCLTrainer", "3d_fullres"), ("CPSTrainer", "3d_fullres")],
+    [(n, "2d") for n in ALL]
+    + [(n, "3d_fullres") for n in ("DiffCLTrainer", "CPSTrainer", "MCNetTrainer", "URPCTrainer")],
 )
 def test_trained_model_predicts_the_same_masks_in_stock_nnunet(
     toy, results, tmp_path, monkeypatch, name, configuration

@@ -22,7 +22,8 @@ def test_weight_zero_trains_the_first_decoder_as_the_control(build, configuratio
 
 @pytest.mark.parametrize("decoders", [2, 3])
 def test_the_terms_are_the_formula(build, decoders):
-    trainer = build("MCNetTrainer", settings={"decoders": decoders, "unsupervised_schedule": "constant"})
+    settings = {"decoders": decoders, "unsupervised_schedule": "constant", "unlabeled_batch": 3}
+    trainer = build("MCNetTrainer", settings=settings)
     batch = next(trainer.dataloader_train)
     batch["unlabeled"]["valid"][:] = True
     with torch.no_grad():
@@ -44,3 +45,16 @@ def test_every_decoder_learns_and_is_watched(build):
     trainer.train_step(batch)
     assert not any(same(b, weights(part.seg_layers)) for b, part in zip(before, parts, strict=True))
     assert set(trainer.branches(batch["data"])) == {"decoder_1", "decoder_2", "decoder_3"}
+
+
+def test_settings_reach_the_consistency(build, monkeypatch):
+    """Published targets carry a gradient and are sharpened class by class."""
+    given = []
+    monkeypatch.setattr(
+        "nnssl.trainers.mc_net.mutual_consistency", lambda probs, *rest: given.append(rest) or probs[0].sum()
+    )
+    published = {"sharpening": "binary", "detach_targets": False, "temperature": 0.3}
+    for settings in ({}, published):
+        trainer = build("MCNetTrainer", settings=settings)
+        trainer.train_step(next(trainer.dataloader_train))
+    assert [(rest[0], *rest[2:]) for rest in given[::2]] == [(0.1, False, True), (0.3, True, False)]
