@@ -19,7 +19,7 @@ from nnssl.losses.consistency import probability_mse
 from nnssl.trainers.one_network import TeacherMethod, TeacherSettings
 from nnssl.trainers.settings import option
 from nnssl.trainers.stepping import LossGroup
-from nnssl.training.mc_dropout import dropout_active, mean_prediction, noisy
+from nnssl.training.mc_dropout import mean_prediction, noisy, require_dropout
 from nnssl.training.ramps import sigmoid_ramp
 
 
@@ -64,8 +64,7 @@ class ACMTTrainer(TeacherMethod):
         super().build_method()
         s = self.settings
         if s.unsupervised_weight > 0 and s.ambiguity == "dropout":
-            with dropout_active(self.teacher):  # refuses a network without dropout before the run starts
-                pass
+            require_dropout(self.teacher)  # before the run starts
 
     def threshold(self) -> float:
         """Return the least entropy of an ambiguous voxel at this step, in nats."""

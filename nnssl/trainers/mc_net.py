@@ -75,6 +75,7 @@ class MCNetTrainer(SemiSupervisedTrainer):
             f"loss_supervised_{i}": self.supervised_loss(output, batch["target"]) for i, output in enumerate(outputs, 1)
         }
         terms["loss_mutual_labeled"] = weight * share * self._mutual([space.probs(full_resolution(o)) for o in outputs])
+        del outputs  # the graph must be gone before the unlabeled pass
         yield LossGroup(terms)
         probs = [space.probs(full_resolution(o)) for o in self.network(unlabeled["strong"], every=True)]
         for i, p in enumerate(probs, 1):

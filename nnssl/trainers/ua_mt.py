@@ -19,7 +19,7 @@ from nnssl.losses.consistency import probability_mse
 from nnssl.trainers.one_network import TeacherMethod, TeacherSettings
 from nnssl.trainers.settings import option
 from nnssl.trainers.stepping import LossGroup
-from nnssl.training.mc_dropout import dropout_active, mean_prediction
+from nnssl.training.mc_dropout import mean_prediction, require_dropout
 from nnssl.training.ramps import sigmoid_ramp
 
 
@@ -48,8 +48,7 @@ class UAMTTrainer(TeacherMethod):
     def build_method(self) -> None:
         super().build_method()
         if self.settings.unsupervised_weight > 0:
-            with dropout_active(self.teacher):  # refuses a network without dropout before the run starts
-                pass
+            require_dropout(self.teacher)  # before the run starts
 
     def threshold(self) -> float:
         """Return H at this step, in nats."""

@@ -12,17 +12,27 @@ from torch.nn.modules.dropout import _DropoutNd
 from nnssl.errors import UserError
 
 
-@contextlib.contextmanager
-def dropout_active(network: nn.Module) -> Iterator[None]:
-    """Let a network's dropout draw within the context, whatever its mode; the rest of the network stays as it is.
+def require_dropout(network: nn.Module) -> list[_DropoutNd]:
+    """Return a network's dropout layers with a rate above 0.
 
     Raises:
-        UserError: the network has no dropout with a rate above 0, so that all passes would agree.
+        UserError: it has none, so that all passes would agree.
     """
     layers = [m for m in network.modules() if isinstance(m, _DropoutNd) and m.p > 0]
     if not layers:
         rule = "Monte Carlo dropout needs a network with dropout"
         raise UserError(rule, "a network without", "a rate above 0", "--set dropout=0.1, or plan with dropout")
+    return layers
+
+
+@contextlib.contextmanager
+def dropout_active(network: nn.Module) -> Iterator[None]:
+    """Let a network's dropout draw within the context, whatever its mode; the rest of the network stays as it is.
+
+    Raises:
+        UserError: the network has no dropout.
+    """
+    layers = require_dropout(network)
     before = [layer.training for layer in layers]
     for layer in layers:
         layer.training = True
