@@ -29,7 +29,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     config = plans["configurations"][args.configuration]
     control = count(config["architecture"], config["patch_size"], dataset_json)
     cls = trainer_class(args.tr)
-    cls.adapt_plans(plans, args.configuration, cls.settings_class.from_mapping(plans["nnssl"].get(args.tr, {})))
+    cls.network_plans(plans, args.configuration, cls.settings_class.from_mapping(plans["nnssl"].get(args.tr, {})))
     method = count(config["architecture"], config["patch_size"], dataset_json)
     ratios = {name: method[name] / control[name] for name in control}
     return {"trainer": args.tr, "gflop": method, "control_gflop": control, "ratio": ratios}

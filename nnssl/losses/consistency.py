@@ -1,7 +1,10 @@
-"""Losses between two predictions of the same voxels: consistency and cross pseudo-supervision."""
+"""Losses between predictions of the same voxels: consistency, mutual consistency, cross pseudo-supervision."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor
 
 from nnssl.losses.precision import fp32
@@ -30,12 +33,7 @@ def probability_mse(student_probs: Tensor, teacher_probs: Tensor, valid: Tensor 
         raise ValueError(
             f"student and teacher differ in shape: {tuple(student_probs.shape)} and {tuple(teacher_probs.shape)}"
         )
-    squared = (student_probs - teacher_probs.detach()).square()
-    mask = check_valid(valid, squared)
-    if mask is None:
-        return squared.mean()
-    count = mask.sum().clamp_min(1) * squared.shape[1]
-    return squared.where(mask, squared.new_zeros(())).sum() / count
+    return _mean_square(student_probs - teacher_probs.detach(), valid)
 
 
 @fp32
@@ -68,3 +66,64 @@ def cross_pseudo_supervision(logits: Tensor, hard_target: Tensor, valid: Tensor 
         A scalar; 0, with a (zero) gradient, when no voxel is valid.
     """
     return cross_entropy(logits, hard_target.detach(), valid)
+
+
+@fp32
+def sharpen(probs: Tensor, temperature: float, binary: bool = False) -> Tensor:
+    """Return ``p_c^(1/T) / sum_k p_k^(1/T)``, a soft pseudo-label that is nearer to its arg max for T < 1.
+
+    MC-Net (Wu et al. 2021, arXiv 2103.02911) for any number of classes; its formula is that of two.
+
+    Args:
+        probs: (b, C, ...).
+        temperature: T, above 0; 1 changes nothing.
+        binary: every channel against its complement, ``p^(1/T) / (p^(1/T) + (1 - p)^(1/T))``: for regions, and what
+            the authors' code does for any C. The channels of more than two classes then need not sum to 1.
+
+    Raises:
+        ValueError: the temperature is not positive.
+    """
+    if temperature <= 0:
+        raise ValueError(f"a temperature is above 0, got {temperature}")
+    tiny = torch.finfo(torch.float32).tiny  # powers as logarithms: 0.1^10 and below would lose their ratio
+    logs = probs.clamp_min(tiny).log() / temperature
+    if binary:
+        return torch.sigmoid(logs - (1 - probs).clamp_min(tiny).log() / temperature)
+    return logs.softmax(1)
+
+
+@fp32
+def mutual_consistency(
+    probs: Sequence[Tensor],
+    temperature: float,
+    valid: Tensor | None = None,
+    binary: bool = False,
+    detach: bool = True,
+) -> Tensor:
+    """Compute ``sum_(i != j) mean (p_i - sharpen(p_j))^2`` over valid voxels and channels, of MC-Net.
+
+    Args:
+        probs: two or more predictions (b, C, ...).
+        temperature: of the sharpening.
+        valid: bool (b, 1, ...), True where a voxel counts; None for all.
+        binary: see :func:`sharpen`.
+        detach: sharpened predictions are constants; False lets the gradient through them too, as the authors' code.
+
+    Returns:
+        A scalar; above 0 also where all agree, unless they are hard.
+    """
+    soft = [sharpen(p.detach() if detach else p, temperature, binary) for p in probs]
+    total = probs[0].new_zeros(())
+    for i, p in enumerate(probs):
+        for j, target in enumerate(soft):
+            if i != j:
+                total = total + _mean_square(p - target, valid)
+    return total
+
+
+def _mean_square(difference: Tensor, valid: Tensor | None) -> Tensor:
+    squared = difference.square()
+    mask = check_valid(valid, squared)
+    if mask is None:
+        return squared.mean()
+    return squared.where(mask, squared.new_zeros(())).sum() / (mask.sum().clamp_min(1) * squared.shape[1])

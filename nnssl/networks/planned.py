@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import pydoc
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -121,9 +122,13 @@ def build_films(sections: Sequence[nn.Module]) -> nn.ModuleList:
 
 
 def run_decoder(
-    decoder: nn.Module, skips: Sequence[Tensor], modulation: Modulation | None, deep_supervision: bool
+    decoder: nn.Module,
+    skips: Sequence[Tensor],
+    modulation: Modulation | None,
+    deep_supervision: bool,
+    before_head: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Tensor | list[Tensor], Tensor]:
-    """Run a planned decoder on the encoder's outputs.
+    """Run a planned decoder on the encoder's outputs; ``before_head`` changes what a segmentation layer is given.
 
     Returns:
         Logits, or with deep supervision a list of them (full resolution first), and the last layer's input.
@@ -134,7 +139,7 @@ def run_decoder(
         x = torch.cat((decoder.transpconvs[s](x), skips[-(s + 2)]), 1)
         x = run_stage(stage, x, modulation)
         if deep_supervision or s == last:
-            outputs.append(decoder.seg_layers[s](x))
+            outputs.append(decoder.seg_layers[s](x if before_head is None else before_head(x)))
     return (outputs[::-1] if deep_supervision else outputs[-1]), x
 
 
@@ -143,6 +148,41 @@ class Modulation:
 
     def __init__(self, embedding: Tensor, films: Iterator[nn.Module]) -> None:
         self.embedding, self.films = embedding, films
+
+
+def set_dropout(configuration: dict[str, Any], rate: float) -> None:
+    """Give a configuration's planned network channel dropout after the convolution of every block (idempotent).
+
+    Whole channels are dropped: the norm that follows would undo the scaling of single values. Weights start as without
+    dropout, but norms have other names in the state dict, because nnU-Net's blocks number their layers.
+
+    Args:
+        configuration: a configuration of a run's own copy of the plans.
+        rate: in (0, 1).
+    """
+    architecture, ndim = configuration["architecture"], len(configuration["patch_size"])
+    kwargs = {"dropout_op": f"torch.nn.modules.dropout.Dropout{ndim}d", "dropout_op_kwargs": {"p": rate}}
+    named = [*architecture["_kw_requires_import"], "dropout_op"]
+    configuration["architecture"] = {
+        **architecture,
+        "arch_kwargs": {**architecture["arch_kwargs"], **kwargs},
+        "_kw_requires_import": list(dict.fromkeys(named)),
+    }
+
+
+def extend_planned(configuration: dict[str, Any], network: str, **kwargs: Any) -> None:
+    """Put a network that extends the planned one into a configuration (idempotent).
+
+    Args:
+        configuration: a configuration of a run's own copy of the plans.
+        network: dotted path of a class that takes the planned class's arguments, its path as ``base``, and ``kwargs``.
+        **kwargs: further arguments, JSON-able.
+    """
+    architecture = configuration["architecture"]
+    if architecture["network_class_name"] == network:
+        return
+    given = {**copy.deepcopy(architecture["arch_kwargs"]), "base": architecture["network_class_name"], **kwargs}
+    configuration["architecture"] = {**architecture, "network_class_name": network, "arch_kwargs": given}
 
 
 def locate_base(base: str) -> type[nn.Module]:

@@ -26,6 +26,7 @@ from nnssl.data.views import unlabeled_transforms
 from nnssl.errors import UserError
 from nnssl.layout import RawDataset
 from nnssl.losses.precision import fp32
+from nnssl.networks.planned import set_dropout
 from nnssl.plans.manifest import load_manifest, manifest_digest, monitoring_cases, require_current, unlabeled_cases
 from nnssl.plans.splits import fold_cases
 from nnssl.trainers.batches import build_loaders
@@ -94,6 +95,21 @@ class SemiSupervisedTrainer(nnUNetTrainer):
     def adapt_plans(cls, plans: dict, configuration: str, settings: Settings) -> None:
         """Write into the run's plans what a network needs to be built (idempotent)."""
 
+    @classmethod
+    def network_plans(cls, plans: dict, configuration: str, settings: Settings) -> None:
+        """Write everything that decides the run's network into its own copy of the plans (idempotent).
+
+        Raises:
+            UserError: dropout is asked for, and the network that the method builds is none that nnU-Net plans.
+        """
+        if settings.dropout > 0:
+            set_dropout(plans["configurations"][configuration], settings.dropout)
+        cls.adapt_plans(plans, configuration, settings)
+        kwargs = plans["configurations"][configuration]["architecture"]["arch_kwargs"]
+        if settings.dropout > 0 and not kwargs.get("dropout_op"):
+            rule = "dropout is an option of the planned network"
+            raise UserError(rule, f"dropout={settings.dropout} of another network", "0", "leave dropout out")
+
     # ------------------------------------------------------------------ construction
     def __init__(
         self,
@@ -108,7 +124,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         block = plans.setdefault("nnssl", {})
         self.settings = self.settings_class.from_mapping(block.get(type(self).__name__, {}))
         self.run_options = RunOptions.from_plans(plans)
-        self.adapt_plans(plans, configuration, self.settings)
+        self.network_plans(plans, configuration, self.settings)
         block[type(self).__name__] = self.settings.to_dict()
         block["run"] = self.run_options.to_dict()
         super().__init__(plans, configuration, fold, dataset_json, device)
@@ -465,6 +481,8 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             if (note := memory_note(self)) is not None:
                 self.print_to_log_file(note)
         self.print_to_log_file(f"branches are watched on {self.monitor_name}", also_print_to_console=True)
+        if self.uses_unlabeled and getattr(self.settings, "unsupervised_weight", None) == 0:
+            self.warn("unsupervised_weight=0 switches the unsupervised terms of the method off")
 
     def _require_same_pool(self, unlabeled: str | None, pseudo: str | None) -> None:
         """Refuse to go on with other unlabeled cases, or other masks of unknown quality, than the run began with."""

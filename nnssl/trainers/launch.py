@@ -183,7 +183,9 @@ def run_job(job: Job) -> None:
         path = None
     adapted = json.loads(json.dumps(plans))
     cls = trainer_class(job.trainer)
-    cls.adapt_plans(adapted, job.configuration, cls.settings_class.from_mapping(adapted["nnssl"].get(job.trainer, {})))
+    cls.network_plans(
+        adapted, job.configuration, cls.settings_class.from_mapping(adapted["nnssl"].get(job.trainer, {}))
+    )
     require_same_network(folder, adapted, job.configuration)
     checkpoint = str(path) if path else None
     if job.num_gpus > 1:

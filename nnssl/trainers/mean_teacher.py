@@ -8,28 +8,23 @@ strong one of the same crop) instead of independent noise; the consistency weigh
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from nnssl.losses.consistency import probability_mse
-from nnssl.trainers.base import SemiSupervisedTrainer, full_resolution
-from nnssl.trainers.settings import UnsupervisedSettings, option
+from nnssl.trainers.one_network import TeacherMethod, TeacherSettings
+from nnssl.trainers.settings import option
 from nnssl.trainers.stepping import LossGroup
 
 
 @dataclass(frozen=True)
-class MeanTeacherSettings(UnsupervisedSettings):
+class MeanTeacherSettings(TeacherSettings):
     """Settings of the mean teacher."""
 
     unsupervised_weight: float = option(10.0, "weight of the consistency cost at the end of its schedule", low=0)
-    ema_decay: float = option(0.99, "decay of the teacher", low=0, high=0.999999)
 
 
-class MeanTeacherTrainer(SemiSupervisedTrainer):
+class MeanTeacherTrainer(TeacherMethod):
     """Student and EMA teacher; the student predicts.
 
     ``J = mean (p_student(strong) - p_teacher(weak))^2`` over valid voxels and classes (the paper's consistency cost).
@@ -38,24 +33,9 @@ class MeanTeacherTrainer(SemiSupervisedTrainer):
     settings_class = MeanTeacherSettings
     settings: MeanTeacherSettings
 
-    def build_method(self) -> None:
-        self.teacher = self.add_teacher("teacher", "network", self.settings.ema_decay)
-
-    def branches(self, x: Tensor) -> dict[str, Tensor]:
-        return {"student": self.predict_logits(x), "teacher": full_resolution(self.teacher(x))}
-
-    def compute_losses(self, batch: dict[str, Any]) -> Iterator[LossGroup]:
-        """Yield the supervised loss, then the consistency cost."""
-        weight = self.settings.unsupervised(self.fraction)
-        unlabeled = batch.get("unlabeled")
-        alone = unlabeled is None or weight == 0
-        loss = self.supervised_loss(self.network(batch["data"]), batch["target"])
-        yield LossGroup({"loss_supervised": loss}, step=("network",) if alone else ())
-        if unlabeled is None or alone:
-            return
-        with torch.no_grad():
-            target = self.label_space.probs(full_resolution(self.teacher(unlabeled["weak"])))
+    def unsupervised_losses(self, unlabeled: dict[str, Any]) -> LossGroup:
+        """Return the consistency cost J."""
+        target = self.teach(unlabeled["weak"])
         probs = self.label_space.probs(self.predict_logits(unlabeled["strong"]))
         self.watch_foreground("teacher", self.label_space.harden(target), unlabeled["valid"])
-        cost = probability_mse(probs, target, unlabeled["valid"])
-        yield LossGroup({"loss_consistency": weight * cost}, step=("network",))
+        return LossGroup({"loss_consistency": probability_mse(probs, target, unlabeled["valid"])})

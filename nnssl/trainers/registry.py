@@ -39,6 +39,24 @@ class TrainerInfo:
 
 #: One entry a trainer, in alphabetical order; a test holds modules, registry and documentation pages together.
 TRAINERS: dict[str, TrainerInfo] = {
+    "ACMTTrainer": TrainerInfo(
+        "nnssl.trainers.ac_mt",
+        "AC-MT",
+        "Xu et al., MedIA 2023",
+        "EMA teacher, consistency on ambiguous voxels",
+        7 / 3,
+        1.3,
+        "the student",
+    ),
+    "BCPTrainer": TrainerInfo(
+        "nnssl.trainers.bcp",
+        "Bidirectional copy-paste",
+        "Bai et al., CVPR 2023",
+        "EMA teacher, labeled and unlabeled crops in one image",
+        4 / 3,
+        1.3,
+        "the student",
+    ),
     "CPSTrainer": TrainerInfo(
         "nnssl.trainers.cps",
         "Cross pseudo supervision",
@@ -66,6 +84,15 @@ TRAINERS: dict[str, TrainerInfo] = {
         2.2,
         "the segmentation network",
     ),
+    "FixMatchTrainer": TrainerInfo(
+        "nnssl.trainers.fixmatch",
+        "FixMatch",
+        "Sohn et al., NeurIPS 2020",
+        "weak and strong views, confident hard pseudo-labels",
+        7 / 3,
+        1.1,
+        "the network",
+    ),
     "GenericSSLTrainer": TrainerInfo(
         "nnssl.trainers.generic_ssl",
         "A&D",
@@ -74,6 +101,24 @@ TRAINERS: dict[str, TrainerInfo] = {
         3.9,
         1.3,
         "image stem, encoder and predictor decoder theta (the other decoders lie beside them)",
+    ),
+    "ICTTrainer": TrainerInfo(
+        "nnssl.trainers.ict",
+        "Interpolation consistency training",
+        "Verma et al., IJCAI 2019",
+        "EMA teacher, mixup",
+        7 / 3,
+        1.3,
+        "the student",
+    ),
+    "MCNetTrainer": TrainerInfo(
+        "nnssl.trainers.mc_net",
+        "MC-Net, MC-Net+",
+        "Wu et al., MICCAI 2021, MedIA 2022",
+        "one encoder, several decoders, mutual consistency",
+        3.2,
+        1.6,
+        "encoder and first decoder (the others lie beside them)",
     ),
     "MeanTeacherTrainer": TrainerInfo(
         "nnssl.trainers.mean_teacher",
@@ -100,6 +145,24 @@ TRAINERS: dict[str, TrainerInfo] = {
         "labeled cases only, same budget",
         1.0,
         1.0,
+        "the network",
+    ),
+    "UAMTTrainer": TrainerInfo(
+        "nnssl.trainers.ua_mt",
+        "Uncertainty-aware mean teacher",
+        "Yu et al., MICCAI 2019",
+        "EMA teacher, Monte Carlo dropout masks uncertain voxels",
+        5.0,
+        1.3,
+        "the student",
+    ),
+    "URPCTrainer": TrainerInfo(
+        "nnssl.trainers.urpc",
+        "URPC",
+        "Luo et al., MICCAI 2021",
+        "consistency over resolutions, weighted by their divergence",
+        2.0,
+        1.3,
         "the network",
     ),
 }

@@ -35,6 +35,9 @@ class Settings:
     lr_schedule: str = option("poly", "learning rate over the run", choices=("poly", "constant"))
     warmup: int = option(0, "iterations over which the learning rate rises to its course", low=0)
     gradient_clip: float = option(12.0, "largest norm of a network's gradient", low=1e-6)
+    dropout: float = option(
+        0.0, "rate of channel dropout in every block of the planned network; 0 = as planned", low=0, high=0.9
+    )
     deep_supervision: bool = option(True, "supervised loss on nnU-Net's lower resolutions too")
     unlabeled_batch: int | None = option(None, "unlabeled items a step, global; none = the plan's batch size", low=1)
     supervision: str = option(

@@ -1,7 +1,13 @@
 import pytest
 import torch
 
-from nnssl.losses.consistency import cross_pseudo_supervision, probability_mse, softmax_mse
+from nnssl.losses.consistency import (
+    cross_pseudo_supervision,
+    mutual_consistency,
+    probability_mse,
+    sharpen,
+    softmax_mse,
+)
 
 
 def toy(seed=0):
@@ -79,3 +85,46 @@ def test_half_precision_gives_finite_single_precision():
 def test_shapes_must_agree():
     with pytest.raises(ValueError, match="shape"):
         probability_mse(torch.rand(1, 2, 3), torch.rand(1, 1, 3))
+
+
+@pytest.mark.parametrize("temperature", [0.1, 0.5, 1.0])
+def test_sharpening_is_the_power_formula(temperature):
+    p = torch.randn(2, 3, 4, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(3)).softmax(1)
+    powers = p ** (1 / temperature)
+    assert torch.allclose(sharpen(p, temperature), powers / powers.sum(1, keepdim=True))
+    others = (1 - p) ** (1 / temperature)
+    assert torch.allclose(sharpen(p, temperature, binary=True), powers / (powers + others))
+    assert torch.equal(sharpen(p, temperature).argmax(1), p.argmax(1))
+
+
+def test_sharpening_of_two_classes_is_one_formula():
+    p = torch.rand(1, 1, 6, 6, generator=torch.Generator().manual_seed(4))
+    p = torch.cat([p, 1 - p], 1)
+    assert torch.allclose(sharpen(p, 0.1), sharpen(p, 0.1, binary=True), atol=1e-5)
+    with pytest.raises(ValueError, match="temperature"):
+        sharpen(p, 0)
+
+
+def test_mutual_consistency_pair_by_pair():
+    generator = torch.Generator().manual_seed(5)
+    probs = [torch.randn(2, 3, 4, 5, generator=generator).softmax(1) for _ in range(3)]
+    valid = torch.rand(2, 1, 4, 5, generator=generator) < 0.6
+    keep = valid[:, 0]
+    expected = sum(
+        (probs[i] - sharpen(probs[j], 0.1)).square().movedim(1, -1)[keep].mean()
+        for i in range(3)
+        for j in range(3)
+        if i != j
+    )
+    assert torch.allclose(mutual_consistency(probs, 0.1, valid), expected)
+    hard = torch.eye(3)[torch.randint(0, 3, (2, 4, 5), generator=generator)].movedim(-1, 1)
+    assert mutual_consistency([hard, hard], 0.1, valid).item() == pytest.approx(0, abs=1e-12)
+
+
+def test_only_undetached_targets_have_a_gradient():
+    generator = torch.Generator().manual_seed(6)
+    for detach in (True, False):
+        a, b = (torch.randn(1, 3, 4, 4, generator=generator).softmax(1).requires_grad_() for _ in range(2))
+        mutual_consistency([a, b], 0.5, detach=detach).backward()
+        constant = 2 * (a - sharpen(b, 0.5)).detach() / a.numel()
+        assert torch.allclose(a.grad, constant, atol=1e-7) == detach

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from nnssl.errors import UserError
-from nnssl.networks.planned import PlannedUNet, choose_hfm_stage
+from nnssl.networks.planned import PlannedUNet, choose_hfm_stage, set_dropout
 
 PLANNED = "nnssl.networks.planned.PlannedUNet"
 
@@ -163,3 +163,29 @@ def test_hfm_stage_of_published_patches():
     assert choose_hfm_stage((96, 96, 96), strides_3d) == 3  # 12 x 12 x 12
     assert choose_hfm_stage((160, 160), [[1, 1]] + [[2, 2]] * 5) == 4  # 10 x 10
     assert choose_hfm_stage((6, 6), [[1, 1], [2, 2]]) == 1  # nothing large enough: the deepest
+
+
+def test_dropout_changes_the_plan_and_not_the_weights(plan, build):
+    """Every conv block gets it, the starting weights stay, and a network in evaluation mode is unchanged."""
+    base, kwargs, ndim = plan
+    configuration = {
+        "patch_size": [16] * ndim,
+        "architecture": {"network_class_name": base, "arch_kwargs": kwargs, "_kw_requires_import": ["conv_op"]},
+    }
+    given = copy.deepcopy(kwargs)
+    set_dropout(configuration, 0.3)
+    once = copy.deepcopy(configuration)
+    set_dropout(configuration, 0.3)
+    assert configuration == once
+    assert kwargs == given  # the plan's own arguments are not written to
+    assert once["architecture"]["_kw_requires_import"] == ["conv_op", "dropout_op"]
+    stock, ours = build(base, kwargs), build(base, once["architecture"]["arch_kwargs"])
+    layers = [m for m in ours.modules() if isinstance(m, (torch.nn.Dropout2d, torch.nn.Dropout3d))]
+    assert layers
+    assert {type(m) for m in layers} == {torch.nn.Dropout2d if ndim == 2 else torch.nn.Dropout3d}
+    assert {m.p for m in layers} == {0.3}
+    # names differ: the norm is the third layer of its block instead of the second
+    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), stock.parameters(), strict=True))
+    x = image(ndim)
+    assert not torch.equal(ours(x), ours(x))
+    assert torch.equal(ours.eval()(x), stock.eval()(x))

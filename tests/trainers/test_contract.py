@@ -27,10 +27,16 @@ SEMI = [name for name in ALL if trainer_class(name).uses_unlabeled]
 BOTH = ("2d", "3d_fullres")
 #: Settings under which a method's predicting network must follow the supervised control bit for bit.
 OFF = {
+    "ACMTTrainer": {"unsupervised_weight": 0},
+    "BCPTrainer": {"unsupervised_weight": 0},
     "MeanTeacherTrainer": {"unsupervised_weight": 0},
     "CPSTrainer": {"unsupervised_weight": 0},
     "DiffCLTrainer": {"mu_d": 0, "mu_c": 0, "hfm": False},
     "DiffRectTrainer": {"unsupervised_weight": 0, "rect_weight": 0},
+    "FixMatchTrainer": {"unsupervised_weight": 0},
+    "ICTTrainer": {"unsupervised_weight": 0},
+    "UAMTTrainer": {"unsupervised_weight": 0, "dropout": 0},
+    "URPCTrainer": {"unsupervised_weight": 0},
 }
 
 
@@ -158,7 +164,8 @@ def train_argv(toy, name, configuration="2d", *more):
 
 @pytest.mark.parametrize(
     ("name", "configuration"),
-    [(n, "2d") for n in ALL] + [("DiffCLTrainer", "3d_fullres"), ("CPSTrainer", "3d_fullres")],
+    [(n, "2d") for n in ALL]
+    + [(n, "3d_fullres") for n in ("DiffCLTrainer", "CPSTrainer", "MCNetTrainer", "URPCTrainer")],
 )
 def test_trained_model_predicts_the_same_masks_in_stock_nnunet(
     toy, results, tmp_path, monkeypatch, name, configuration

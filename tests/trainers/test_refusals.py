@@ -185,3 +185,24 @@ def test_pretrained_weights_start_the_network_and_must_fit(finished, toy, result
     assert "pretrained weights:" in capsys.readouterr().out
     save_atomically({"network_weights": {"other": torch.zeros(1)}}, tmp_path / "other.pth")
     refused(capsys, [*argv, "--run", "wrong", "-pretrained_weights", str(tmp_path / "other.pth")], "must fit")
+
+
+def test_dropout_reaches_the_planned_network_of_every_method(build):
+    for name in ("SupervisedTrainer", "DiffCLTrainer"):
+        trainer = build(name, settings={"dropout": 0.2}, start=False)
+        kwargs = trainer.configuration_manager.configuration["architecture"]["arch_kwargs"]
+        assert kwargs["dropout_op_kwargs"] == {"p": 0.2}
+    plain = build("SupervisedTrainer", start=False).configuration_manager.configuration["architecture"]["arch_kwargs"]
+    assert plain["dropout_op"] is None
+
+
+def test_dropout_of_a_network_that_is_not_planned_is_refused(build):
+    with pytest.raises(UserError, match="option of the planned network"):
+        build("DiffCLTrainer", settings={"dropout": 0.2, "network": "vnet", "deep_supervision": False}, start=False)
+
+
+def test_a_weight_that_switches_the_method_off_is_warned_of(build, capsys):
+    for weight in (1, 0):
+        trainer = build("MeanTeacherTrainer", settings={"unsupervised_weight": weight})
+        trainer.on_train_start()
+        assert ("switches the unsupervised terms" in capsys.readouterr().out) == (weight == 0)

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from nnssl.training.pseudo_labels import confident_label, relative_label
+from nnssl.training.label_space import LabelSpace
+from nnssl.training.pseudo_labels import confident_label, pseudo_label_loss, relative_label
 
 
 def probabilities(count, classes, seed=0):
@@ -59,3 +60,35 @@ def test_pseudo_labels_carry_no_gradient():
     probs = probabilities(1, 3).requires_grad_()
     label, sure = confident_label(probs)
     assert not any(tensor.requires_grad for tensor in (relative_label(probs), label, sure))
+
+
+@pytest.mark.parametrize("regions", [False, True])
+def test_weights_scale_each_voxel_and_not_the_number_of_voxels(regions):
+    """The loss is linear in the weights, and a 0/1 weight gives the mean over the kept voxels times their share."""
+    generator = torch.Generator().manual_seed(5)
+    space, logits = LabelSpace(3, regions), torch.randn(2, 3, 7, 6, generator=generator)
+    hard = space.harden(space.probs(torch.randn(2, 3, 7, 6, generator=generator)))
+    valid = torch.rand(2, 1, 7, 6, generator=generator) < 0.8
+    kept = torch.rand(2, 1, 7, 6, generator=generator) < 0.5
+    plain = pseudo_label_loss(space, logits, hard, valid)
+    assert pseudo_label_loss(space, logits, hard, valid, 0.3 * torch.ones(2, 1, 7, 6)) == pytest.approx(0.3 * plain)
+    share = (kept & valid).sum() / valid.sum()
+    among_kept = pseudo_label_loss(space, logits, hard, valid & kept)
+    assert pseudo_label_loss(space, logits, hard, valid, kept.float()).item() == pytest.approx(
+        (share * among_kept).item(), rel=1e-5
+    )
+
+
+@pytest.mark.parametrize("regions", [False, True])
+def test_the_dice_sees_kept_voxels_only(regions):
+    space, logits = LabelSpace(3, regions), torch.randn(1, 3, 6, 6, generator=torch.Generator().manual_seed(6))
+    hard = space.harden(space.probs(-logits))
+    valid, kept = torch.ones(1, 1, 6, 6, dtype=torch.bool), torch.zeros(1, 1, 6, 6)
+    kept[..., :3] = 1
+    dice = [
+        pseudo_label_loss(space, z, hard, valid, kept, dice_weight=w) - pseudo_label_loss(space, z, hard, valid, kept)
+        for z, w in ((logits, 1.0), (logits, 2.0), (logits.masked_fill(kept == 0, 0.0), 1.0))
+    ]
+    assert 0 < dice[0] < 1
+    assert dice[1].item() == pytest.approx(2 * dice[0].item(), rel=1e-4)
+    assert dice[2].item() == pytest.approx(dice[0].item(), rel=1e-4)  # rejected logits play no part in it

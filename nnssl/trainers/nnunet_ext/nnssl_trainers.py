@@ -4,20 +4,34 @@ nnU-Net imports the files of this folder as flat modules and forgets them again.
 for each class, so that look-ups agree and objects pickle.
 """
 
+from nnssl.trainers.ac_mt import ACMTTrainer
+from nnssl.trainers.bcp import BCPTrainer
 from nnssl.trainers.cps import CPSTrainer
 from nnssl.trainers.diffcl import DiffCLTrainer
 from nnssl.trainers.diffrect import DiffRectTrainer
+from nnssl.trainers.fixmatch import FixMatchTrainer
 from nnssl.trainers.generic_ssl import GenericSSLTrainer
+from nnssl.trainers.ict import ICTTrainer
+from nnssl.trainers.mc_net import MCNetTrainer
 from nnssl.trainers.mean_teacher import MeanTeacherTrainer
 from nnssl.trainers.proto_diff import ProtoDiffTrainer
 from nnssl.trainers.supervised import SupervisedTrainer
+from nnssl.trainers.ua_mt import UAMTTrainer
+from nnssl.trainers.urpc import URPCTrainer
 
 __all__ = [
+    "ACMTTrainer",
+    "BCPTrainer",
     "CPSTrainer",
     "DiffCLTrainer",
     "DiffRectTrainer",
+    "FixMatchTrainer",
     "GenericSSLTrainer",
+    "ICTTrainer",
+    "MCNetTrainer",
     "MeanTeacherTrainer",
     "ProtoDiffTrainer",
     "SupervisedTrainer",
+    "UAMTTrainer",
+    "URPCTrainer",
 ]
