@@ -39,7 +39,9 @@ class ACMTSettings(TeacherSettings):
     )
     passes: int = option(8, "T: passes of the teacher (needs ambiguity=dropout)", low=2)
     noise: float = option(0.1, "standard deviation of the noise on the teacher's input, cut off at twice that", low=0)
-    threshold_start: float = option(0.75, "least entropy of an ambiguous voxel at the start, in units of U", low=0, high=1)
+    threshold_start: float = option(
+        0.75, "least entropy of an ambiguous voxel at the start, in units of U", low=0, high=1
+    )
     threshold_end: float | None = option(
         None, "the same at the end; none = the paper's: 0.95 (entropy), 0.9 (dropout)", low=0, high=1
     )

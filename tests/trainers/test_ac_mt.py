@@ -36,7 +36,7 @@ def test_a_tie_of_two_classes_is_ambiguous_whatever_their_number(build, space, s
     trainer = build("ACMTTrainer", start=False)
     trainer.global_step, trainer.label_space = step, space
     unsure, sure = torch.zeros(2, space.num_heads, 1)
-    unsure[:1 if space.regions else 2], sure[0] = 0.5, 1.0
+    unsure[: 1 if space.regions else 2], sure[0] = 0.5, 1.0
     assert space.entropy(unsure[None]).item() >= trainer.threshold()
     assert space.entropy(sure[None]).item() < trainer.threshold()
 
