@@ -8,8 +8,8 @@ Medical Image Analysis 2023 (AC-MT). With a mask m of ambiguous voxels::
 Two of the paper's four ways to find them are here: the entropy of the student's prediction, and the entropy of the
 teacher's mean under Monte Carlo dropout (MU). Compare UA-MT, which takes the opposite side of the second one.
 
-The threshold is a share of ln 2, as in the authors' code: a tie of two classes is ambiguous whatever C is. In units of ln C
-such a voxel has 0.63 (C = 3), 0.5 (C = 4) or 0.26 (C = 14) and would never be selected.
+The threshold is a share of ln 2, as in the authors' code: a tie of two classes is ambiguous whatever C is. In units of
+ln C such a voxel has 0.63 (C = 3), 0.5 (C = 4) or 0.26 (C = 14) and would never be selected.
 """
 
 from __future__ import annotations
