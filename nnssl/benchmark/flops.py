@@ -48,6 +48,7 @@ def count(architecture: dict[str, Any], patch_size: list[int], dataset_json: dic
     from torch.utils.flop_counter import FlopCounterMode
 
     from nnssl.networks.label_diffusion import LabelDiffusionNet
+    from nnssl.networks.multi_decoder import MultiDecoderUNet
 
     classes = sum(name != "ignore" for name in dataset_json["labels"])
     channels = len(dataset_json["channel_names"])
@@ -66,11 +67,16 @@ def count(architecture: dict[str, Any], patch_size: list[int], dataset_json: dic
         label = torch.zeros(ITEMS, 1, *patch_size, dtype=torch.int64)
         noise = torch.zeros(ITEMS, *network.latent_shape(patch_size))
         given = {"label": label, "t": torch.full((ITEMS,), 0.5), "noise": noise}
+    elif isinstance(network, MultiDecoderUNet):
+        given = {"every": True}
     with FlopCounterMode(display=False) as predicting, torch.no_grad():
         network.eval()(x)
     with FlopCounterMode(display=False) as training:
         out = network.train()(x, **given)
-        outputs = [out.logits, out.embedding, *out.aux] if given else [out]
+        if isinstance(network, LabelDiffusionNet):
+            outputs = [out.logits, out.embedding, *out.aux]
+        else:
+            outputs = out if isinstance(out, list) else [out]
         torch.autograd.backward([o.sum() for o in outputs])
     counts = {"prediction": predicting.get_total_flops(), "training": training.get_total_flops()}
     return {name: flops / ITEMS / 1e9 for name, flops in counts.items()}

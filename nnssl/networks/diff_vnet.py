@@ -132,6 +132,7 @@ class PlannedDiffVNet(DecoderModes):
     ) -> None:
         super().__init__()
         self.frozen_statistics = batch_statistics == "image"
+        self.shares_features = not base_kwargs.get("dropout_op")
         base_class = locate_base(base)
         common = {"num_classes": num_classes, "deep_supervision": deep_supervision, **base_kwargs}
         planned = base_class(input_channels=input_channels, **common)

@@ -154,7 +154,8 @@ def set_dropout(configuration: dict[str, Any], rate: float) -> None:
     """Give a configuration's planned network channel dropout after the convolution of every block (idempotent).
 
     Whole channels are dropped: the norm that follows would undo the scaling of single values. Weights start as without
-    dropout, but norms have other names in the state dict, because nnU-Net's blocks number their layers.
+    dropout. The state dict names a norm twice, and the name with its number in the block is another one then; weights
+    load by the other.
 
     Args:
         configuration: a configuration of a run's own copy of the plans.

@@ -203,9 +203,13 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         """Return nnU-Net's loss for masks with unsure voxels, which it ignores."""
         own, self.label_manager = self.label_manager, self.pseudo_manager
         try:
-            return self._build_loss()
+            loss = self._build_loss()
         finally:
             self.label_manager = own
+        if own.has_regions and own.ignore_label is None:
+            # nnU-Net sums the cross-entropy over regions where it ignores voxels; the control's loss is their mean
+            getattr(loss, "loss", loss).weight_ce /= own.num_segmentation_heads
+        return loss
 
     def wrap(self, module: nn.Module, compiled: bool = True) -> nn.Module:
         """Place a network on the device, give it rank 0's weights, and compile it where nnU-Net compiles."""

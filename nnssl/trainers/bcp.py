@@ -53,6 +53,9 @@ class BCPTrainer(TeacherMethod):
         self.unsure_space = LabelSpace.from_label_manager(self.pseudo_manager)
         if self.settings.box == 1:
             self.warn("box=1 leaves no surroundings: crops are exchanged, not mixed")
+        if self.settings.unsupervised_weight > 0 and self.unlabeled_batch_size() > self.batch_size:
+            items = f"{self.batch_size} labeled items and {self.unlabeled_batch_size()} unlabeled ones"
+            self.warn(f"{items} a step: each needs one of the other kind, the surplus is drawn and not used")
 
     def compute_losses(self, batch: dict[str, Any]) -> Iterator[LossGroup]:
         """Yield the loss on labeled mixtures first, L_in and L_out after ``pretrain``, or the control's."""
@@ -72,8 +75,9 @@ class BCPTrainer(TeacherMethod):
 
     def _bidirectional(self, batch: dict[str, Any], unlabeled: dict[str, Any]) -> Iterator[LossGroup]:
         """Yield L_in and L_out; each takes half of the crops, as in the paper, or the same one if there is one."""
+        count = min(len(batch["data"]), len(unlabeled["strong"]))
+        unlabeled = {name: unlabeled[name][:count] for name in ("weak", "strong", "valid")}  # no partner for a surplus
         alpha, pseudo, box = self.settings.unsupervised(self.fraction), self._pseudo_label(unlabeled), self._box(batch)
-        count = min(len(batch["data"]), len(pseudo))
         half = (count + 1) // 2
         first, second = slice(0, half), slice(count - half, count)
         for name, own, region, step in (("in", first, box, ()), ("out", second, ~box, ("network",))):

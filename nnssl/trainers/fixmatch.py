@@ -41,7 +41,9 @@ class FixMatchSettings(UnsupervisedSettings):
     )
     threshold: float = option(0.95, "tau: least probability that is kept (pl_rule=ssl4mis: 0.8)", low=0, high=1)
     average: str = option(
-        "all", "voxels the loss is averaged over: all valid ones (the paper), or those kept", choices=("all", "kept")
+        "all",
+        "voxels the loss is averaged over: all valid ones (the paper), or those kept (pl_rule=ssl4mis keeps all)",
+        choices=("all", "kept"),
     )
     pl_dice: float = option(0.0, "weight of the Dice against pseudo-labels (SSL4MIS: 1)", low=0)
     complementary: bool = option(False, "SSL4MIS's loss on the class a voxel is surely not")

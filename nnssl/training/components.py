@@ -16,15 +16,20 @@ def largest_components(hard: Tensor) -> Tensor:
     one size the first stays; what is taken away becomes background. Runs on the CPU.
 
     Args:
-        hard: label map (b, 1, ...) of integers, background 0, or bool regions (b, R, ...), each filtered by itself.
+        hard: label map (b, 1, ...) of integers from 0, the background, or bool regions (b, R, ...), each filtered by
+            itself.
     """
     maps = hard.cpu().numpy().copy()
     touching = ndimage.generate_binary_structure(maps.ndim - 2, maps.ndim - 2)
     for item in maps:
         for channel in item:
-            for value in np.unique(channel[channel != 0]):
-                components, count = ndimage.label(channel == value, touching)
+            boxes = ndimage.find_objects(channel.astype(np.uint8) if channel.dtype == bool else channel)
+            for value, box in enumerate(boxes, 1):
+                if box is None:
+                    continue
+                part = channel[box]  # a view of the class's bounding box: most classes are small
+                components, count = ndimage.label(part == value, touching)
                 if count > 1:
                     sizes = np.bincount(components.ravel())
-                    channel[(components > 0) & (components != 1 + sizes[1:].argmax())] = 0
+                    part[(components > 0) & (components != 1 + sizes[1:].argmax())] = 0
     return torch.from_numpy(maps).to(hard.device)

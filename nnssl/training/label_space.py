@@ -46,8 +46,8 @@ class LabelSpace:
 
     @property
     def max_entropy(self) -> float:
-        """Largest value of :meth:`entropy`, in nats: ln C, or R ln 2."""
-        return self.num_heads * math.log(2) if self.regions else math.log(self.num_heads)
+        """Largest value of :meth:`entropy`, in nats: ln C, or ln 2 for regions."""
+        return math.log(2) if self.regions else math.log(self.num_heads)
 
     def probs(self, logits: Tensor) -> Tensor:
         """Return probabilities (b, C, ...) of logits (b, C, ...) in float32 (softmax, or sigmoid for regions)."""
@@ -76,13 +76,12 @@ class LabelSpace:
         return probs.amax(1, keepdim=True)
 
     def entropy(self, probs: Tensor) -> Tensor:
-        """Return the entropy per voxel in nats (b, 1, ...); for regions the sum of the regions' binary entropies."""
+        """Return the entropy per voxel in nats (b, 1, ...); for regions that of the least certain region."""
         self._check_heads(probs)
         probs = probs.float()
-        result = _plogp(probs)
-        if self.regions:
-            result = result + _plogp(1 - probs)
-        return result.sum(1, keepdim=True)
+        if self.regions:  # one region may lie at its boundary while all others are sure: a sum would hide it
+            return (_plogp(probs) + _plogp(1 - probs)).amax(1, keepdim=True)
+        return _plogp(probs).sum(1, keepdim=True)
 
     def one_hot(self, target: Tensor) -> Tensor:
         """Return a target as float32 channels (b, C, ...); ignored voxels are zero in every channel."""

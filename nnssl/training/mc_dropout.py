@@ -21,7 +21,7 @@ def require_dropout(network: nn.Module) -> list[_DropoutNd]:
     layers = [m for m in network.modules() if isinstance(m, _DropoutNd) and m.p > 0]
     if not layers:
         rule = "Monte Carlo dropout needs a network with dropout"
-        raise UserError(rule, "a network without", "a rate above 0", "--set dropout=0.1, or plan with dropout")
+        raise UserError(rule, "a network without", "a rate above 0", "--set dropout=0.1")
     return layers
 
 

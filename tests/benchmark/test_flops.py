@@ -22,6 +22,14 @@ def test_the_controls_network_costs_what_the_plans_does(toy):
     assert found["gflop"]["training"] == pytest.approx(3 * found["gflop"]["prediction"], rel=0.1)  # two passes back
 
 
+def test_training_of_several_decoders_runs_them_all(toy):
+    two, three = (counted(toy, "MCNetTrainer", f"decoders={n}")["ratio"] for n in (2, 3))
+    assert two["prediction"] == three["prediction"] == 1
+    assert 1 < two["training"] < three["training"]
+    # one more decoder costs the same again, but for how it up-samples
+    assert three["training"] - two["training"] == pytest.approx(two["training"] - 1, rel=0.1)
+
+
 def test_cost_grows_by_one_decoder_a_sampling_step(toy):
     one, two, five = (counted(toy, "ProtoDiffTrainer", f"steps={n}")["gflop"] for n in (1, 2, 5))
     decoder = two["prediction"] - one["prediction"]

@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from nnssl.errors import UserError
 from nnssl.networks.diff_vnet import PlannedDiffVNet
 from nnssl.networks.diff_vnet_paper import DiffVNet
+from nnssl.networks.planned import set_dropout
 
 PLANNED, PAPER = "nnssl.networks.diff_vnet.PlannedDiffVNet", "nnssl.networks.diff_vnet_paper.DiffVNet"
 K = 3
@@ -196,6 +197,23 @@ def test_dropout_tells_the_passes_of_psi_and_theta_apart():
     network = small(dropout=False).train()
     network.share_start()
     assert torch.equal(*network(image(2), decoder="both"))
+
+
+def test_planned_dropout_tells_them_apart_too(plan, build):
+    base, kwargs, ndim = plan
+    configuration = {
+        "patch_size": [16] * ndim,
+        "architecture": {"network_class_name": base, "arch_kwargs": kwargs, "_kw_requires_import": []},
+    }
+    set_dropout(configuration, 0.5)
+    for arguments, alike in ((kwargs, True), (configuration["architecture"]["arch_kwargs"], False)):
+        network = build(PLANNED, {"base": base, **arguments}).train()
+        network.share_start()
+        drawn = []
+        network.encoder.stages[0].register_forward_hook(lambda module, given, features, drawn=drawn: drawn.append(1))
+        theta, psi = network(image(ndim), decoder="both")
+        assert torch.equal(theta, psi) == alike
+        assert len(drawn) == (1 if alike else 2)  # psi's pass draws features of its own
 
 
 def statistics(network: nn.Module) -> dict[str, torch.Tensor]:

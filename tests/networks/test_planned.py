@@ -4,6 +4,8 @@ import copy
 
 import pytest
 import torch
+from dynamic_network_architectures.building_blocks.residual import BasicBlockD
+from dynamic_network_architectures.building_blocks.simple_conv_blocks import ConvDropoutNormReLU
 
 from nnssl.errors import UserError
 from nnssl.networks.planned import PlannedUNet, choose_hfm_stage, set_dropout
@@ -166,7 +168,7 @@ def test_hfm_stage_of_published_patches():
 
 
 def test_dropout_changes_the_plan_and_not_the_weights(plan, build):
-    """Every conv block gets it, the starting weights stay, and a network in evaluation mode is unchanged."""
+    """Every block has one of its own, the starting weights stay, a network in evaluation mode is unchanged."""
     base, kwargs, ndim = plan
     configuration = {
         "patch_size": [16] * ndim,
@@ -181,7 +183,14 @@ def test_dropout_changes_the_plan_and_not_the_weights(plan, build):
     assert once["architecture"]["_kw_requires_import"] == ["conv_op", "dropout_op"]
     stock, ours = build(base, kwargs), build(base, once["architecture"]["arch_kwargs"])
     layers = [m for m in ours.modules() if isinstance(m, (torch.nn.Dropout2d, torch.nn.Dropout3d))]
-    assert layers
+    blocks = [m for m in ours.modules() if isinstance(m, ConvDropoutNormReLU)]
+    # the second convolution of a residual block and the projection of its skip have none by nnU-Net's design
+    residual = [m for m in ours.modules() if isinstance(m, BasicBlockD)]
+    projections = [s for m in residual if isinstance(m.skip, torch.nn.Module) for s in m.skip.modules()]
+    exempt = [*(m.conv2 for m in residual), *projections]
+    having = [m for m in blocks if not any(m is e for e in exempt)]
+    assert all(hasattr(m, "dropout") for m in having)
+    assert len(layers) == len(having) > 0
     assert {type(m) for m in layers} == {torch.nn.Dropout2d if ndim == 2 else torch.nn.Dropout3d}
     assert {m.p for m in layers} == {0.3}
     # names differ: the norm is the third layer of its block instead of the second

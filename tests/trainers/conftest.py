@@ -20,6 +20,12 @@ TOY_SETTINGS = {
 
 
 @pytest.fixture
+def toy_settings():
+    """Return settings of small parts, by trainer."""
+    return TOY_SETTINGS
+
+
+@pytest.fixture
 def build(toy, results):
     """Return a function that builds an initialized trainer with its loaders, at a given step."""
     made = []

@@ -43,7 +43,47 @@ def test_both_directions_show_and_count_what_the_paper_says(build, monkeypatch):
         counted = batch["unlabeled"]["valid"][0, 0] & box[0, 0]
         logits = trainer.network(seen[0])
         expected = 0.5 * torch.nn.functional.cross_entropy(logits[0, :, counted].T, hard[0][counted])
+        counted = batch["unlabeled"]["valid"][1, 0] & ~box[0, 0]
+        logits = trainer.network(seen[1])
+        out = 0.5 * torch.nn.functional.cross_entropy(logits[0, :, counted].T, hard[1][counted])
     assert groups[0].terms["loss_pseudo_in"].item() == pytest.approx(expected.item(), rel=1e-4)
+    assert groups[1].terms["loss_pseudo_out"].item() == pytest.approx(out.item(), rel=1e-4)
+
+
+def test_alpha_follows_its_schedule(build, monkeypatch):
+    box = half_box()
+    monkeypatch.setattr("nnssl.trainers.bcp.random_box", lambda size, share, device: box)
+    terms = []
+    for settings in ({}, {"unsupervised_schedule": "linear"}, {"unsupervised_weight": 1.5}):
+        trainer = build("BCPTrainer", settings=settings)
+        trainer.global_step = 2  # of 8
+        terms.append({k: v for g in trainer.compute_losses(next(trainer.dataloader_train)) for k, v in g.terms.items()})
+    for name, value in terms[0].items():
+        factors = (0.25, 3.0) if "pseudo" in name else (1.0, 1.0)
+        assert [t[name].item() / value.item() for t in terms[1:]] == pytest.approx(factors, rel=1e-4)
+
+
+@pytest.mark.parametrize("deep_supervision", [False, True])
+def test_labeled_voxels_of_regions_weigh_what_they_do_in_the_control(build, deep_supervision):
+    """With nothing ignored both losses are one; a data set with an ignore label has nnU-Net's sum in both."""
+    generator = torch.Generator().manual_seed(0)
+    logits, masks = torch.randn(2, 2, 32, 32, generator=generator), torch.rand(2, 2, 32, 32, generator=generator) > 0.5
+    for labels in (
+        {"background": 0, "whole": [1, 2], "ball": 2},
+        {"background": 0, "whole": [1, 2], "ball": 2, "ignore": 3},
+    ):
+        trainer = build("BCPTrainer", settings={"deep_supervision": deep_supervision}, start=False)
+        trainer.dataset_json |= {"labels": labels, "regions_class_order": [1, 2]}
+        trainer = type(trainer)(trainer.plans_manager.plans, "2d", "all", trainer.dataset_json, torch.device("cpu"))
+        trainer.initialize()
+        noisy = torch.cat([masks, torch.zeros(2, 1, 32, 32, dtype=torch.bool)], 1)
+        own = noisy if "ignore" in labels else masks
+        levels = len(trainer._get_deep_supervision_scales()) if deep_supervision else 0
+        results = [
+            loss([logits] * levels or logits, [target] * levels or target).item()
+            for loss, target in ((trainer.supervised_loss, own), (trainer.pseudo_loss, noisy))
+        ]
+        assert results[1] == pytest.approx(results[0], rel=1e-4)
 
 
 def test_the_first_part_of_the_run_pastes_labeled_crops(build, monkeypatch):
@@ -102,3 +142,15 @@ def test_other_batch_sizes_train(build, batch_size):
     scalars = trainer.train_step(next(trainer.dataloader_train))
     assert scalars["loss_pseudo_in"] > 0
     assert scalars["loss_pseudo_out"] > 0
+
+
+def test_surplus_unlabeled_items_are_warned_of_and_not_labeled(build, capsys):
+    trainer = build("BCPTrainer", settings={"unlabeled_batch": 3})
+    assert "2 labeled items and 3 unlabeled ones a step" in capsys.readouterr().out
+    taught = []
+    teach = trainer.teach
+    trainer.teach = lambda x: taught.append(len(x)) or teach(x)
+    list(trainer.compute_losses(next(trainer.dataloader_train)))
+    assert taught == [2]
+    build("BCPTrainer", settings={"unlabeled_batch": 2})
+    assert "a step:" not in capsys.readouterr().out

@@ -40,7 +40,8 @@ OFF = {
 }
 
 
-SMALL = {"DiffCLTrainer": {"q": 64, "k": 4, "p": 16, "eta": 1.0}}
+#: Settings for the batches of ``test_ignored_voxels_and_regions_train``, whose crops hold few voxels.
+SMALL = {"DiffCLTrainer": {"q": 64, "k": 4, "p": 16, "eta": 1.0}, "FixMatchTrainer": {"threshold": 0.0}}
 
 
 def run_steps(trainer, count: int) -> list[dict[str, float]]:
@@ -327,9 +328,10 @@ def test_the_log_says_when_a_plan_was_made_for_less_memory(build):
     assert memory_note(build("SupervisedTrainer", start=False)) is None
 
 
-def relabeled(toy, name, labels, order=None):
+def relabeled(settings, name, labels, order=None):
     """Return an initialized 2D trainer of the toy data set with other labels."""
-    plans, dataset_json = read_plans(Job("901", "2d", "all", name, "toy2d", settings=SMALL.get(name, {})))
+    settings = {**settings.get(name, {}), **SMALL.get(name, {})}
+    plans, dataset_json = read_plans(Job("901", "2d", "all", name, "toy2d", settings=settings))
     dataset_json |= {"labels": labels} | ({"regions_class_order": order} if order else {})
     trainer = trainer_class(name)(plans, "2d", "all", dataset_json, torch.device("cpu"))
     trainer.initialize()
@@ -338,8 +340,8 @@ def relabeled(toy, name, labels, order=None):
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_ignored_voxels_and_regions_train(toy, results, name):
-    """Labels 0, 1 and 2 = ignored, or 2 inside 1 as regions: finite losses, and fractions of the voxels that count."""
+def test_ignored_voxels_and_regions_train(toy, results, toy_settings, name):
+    """Labels 0, 1 and 2 = ignored, or 2 inside 1 as regions: finite losses of the whole method, and fractions."""
     image = torch.randn(4, 1, 32, 32, generator=torch.Generator().manual_seed(0))
     label = torch.zeros(2, 1, 32, 32, dtype=torch.int16)
     label[:, :, :8], label[:, :, 8:16] = 1, 2
@@ -351,9 +353,9 @@ def test_ignored_voxels_and_regions_train(toy, results, name):
     for labels, order, target, fraction in (ignoring, nested, both):
         if order and not trainer_class(name).supports_regions:
             with pytest.raises(UserError, match="exclusive classes"):
-                relabeled(toy, name, labels, order)
+                relabeled(toy_settings, name, labels, order)
             continue
-        trainer = relabeled(toy, name, labels, order)
+        trainer = relabeled(toy_settings, name, labels, order)
         scales = trainer._get_deep_supervision_scales()
         steps = [round(1 / scale[0]) for scale in scales or []]
         lower = [target[..., ::n, ::n] for n in steps]
@@ -362,7 +364,12 @@ def test_ignored_voxels_and_regions_train(toy, results, name):
             batch["weak"] = image[:2]
         if trainer.uses_unlabeled:
             batch["unlabeled"] = {**unlabeled, "keys": ["un0", "un1"]}
-        assert all(np.isfinite(v) for v in trainer.train_step(batch).values())
+        scalars = trainer.train_step(batch)
+        assert all(np.isfinite(v) for v in scalars.values())
+        unsupervised = [n for n in scalars if n.startswith("loss_") and "supervised" not in n]
+        assert bool(unsupervised) == (name != "SupervisedTrainer")
+        if name == "FixMatchTrainer":
+            assert scalars["kept"] == 1
         assert trainer.watch.report()["labeled"] == pytest.approx(fraction)
 
 

@@ -37,6 +37,19 @@ def test_the_terms_are_the_formula(build, decoders):
     assert scalars["loss_mutual_labeled"] + scalars["loss_mutual_unlabeled"] == pytest.approx(together.item(), rel=1e-4)
 
 
+def test_padding_of_unlabeled_crops_does_not_count(build):
+    trainer = build("MCNetTrainer", settings={"unsupervised_schedule": "constant"})
+    batch = next(trainer.dataloader_train)
+    valid = batch["unlabeled"]["valid"]
+    valid[:] = True
+    valid[..., :20] = False
+    with torch.no_grad():
+        probs = [output[0].softmax(1) for output in trainer.network(batch["unlabeled"]["strong"], every=True)]
+        expected = mutual_consistency([p[..., 20:] for p in probs], 0.1) / 2
+    *_, group = trainer.compute_losses(batch)
+    assert group.terms["loss_mutual_unlabeled"].item() == pytest.approx(expected.item(), rel=1e-4)
+
+
 def test_every_decoder_learns_and_is_watched(build):
     trainer = build("MCNetTrainer", settings={"decoders": 3})
     parts = [trainer.network.decoder, *trainer.network.auxiliary]

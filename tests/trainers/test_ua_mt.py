@@ -7,6 +7,7 @@ import torch
 from nnssl_test_tools import same, weights
 
 from nnssl.errors import UserError
+from nnssl.training.label_space import LabelSpace
 from nnssl.training.mc_dropout import mean_prediction
 
 
@@ -44,6 +45,29 @@ def test_the_loss_counts_certain_voxels_only(build, monkeypatch, limit):
     assert group.terms["loss_consistency"].item() == pytest.approx(
         (distance[mask].sum() / mask.sum() / divisor).item(), rel=1e-4
     )
+
+
+@pytest.mark.parametrize("space", [LabelSpace(3), LabelSpace(3, regions=True)], ids=str)
+def test_what_counts_as_certain(build, space):
+    """A tie of all three classes, or a single region that is undecided, does not even at the end of the run."""
+    trainer = build("UAMTTrainer", start=False)
+    trainer.global_step, trainer.label_space = 8, space
+    probs = torch.tensor([[0.5], [1e-6], [1e-6]]) if space.regions else torch.full((3, 1), 1 / 3)
+    assert space.entropy(probs[None]).item() >= trainer.threshold() * (1 - 1e-6)
+
+
+def test_the_passes_are_those_of_the_teacher_on_the_weak_view(build, monkeypatch):
+    trainer = build("UAMTTrainer", settings={"passes": 3, "noise": 0.25})
+    unlabeled = next(trainer.dataloader_train)["unlabeled"]
+    given = []
+    monkeypatch.setattr(
+        "nnssl.trainers.ua_mt.mean_prediction", lambda *args: given.append(args) or torch.full((2, 3, 32, 32), 1 / 3)
+    )
+    trainer.unsupervised_losses(unlabeled)
+    ((teach, network, x, passes, noise),) = given
+    assert (teach, passes, noise) == (trainer.teach, 3, 0.25)
+    assert network is trainer.teacher
+    assert x is unlabeled["weak"]
 
 
 def test_dropout_draws_in_the_passes_and_not_in_the_target(build):

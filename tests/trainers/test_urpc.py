@@ -29,6 +29,15 @@ def test_disturbances_change_the_unlabeled_pass(build):
     assert one != two
 
 
+def test_each_disturbance_reaches_the_network_under_its_name(build):
+    trainer = build("URPCTrainer", settings={"head_dropout": 0.2, "head_noise": 0.4})
+    unlabeled = next(trainer.dataloader_train)["unlabeled"]
+    given, forward = [], trainer.network.forward
+    trainer.network.forward = lambda x, **options: given.append(options) or forward(x, **options)
+    trainer.unsupervised_losses(unlabeled)
+    assert given == [{"pyramid": True, "dropout": 0.2, "noise": 0.4}]
+
+
 def test_a_network_without_its_heads_is_refused():
     with pytest.raises(UserError, match="deep supervision"):
         URPCSettings.from_mapping({"deep_supervision": False})

@@ -33,6 +33,14 @@ def test_the_mean_of_many_passes_is_the_expectation():
     assert torch.allclose(one.unique(), torch.tensor([0.0, 4 / 3]))
 
 
+def test_every_pass_draws_its_own_noise():
+    network, x, seen = nn.Dropout(0.5), torch.zeros(1, 1, 8, 8), []
+    mean_prediction(lambda images: seen.append(images) or network(images), network, x, 3, 0.1)
+    assert len(seen) == 3
+    assert all(0 < images.abs().max() <= 0.2 + 1e-6 for images in seen)
+    assert not torch.equal(seen[0], seen[1])
+
+
 def test_noise_is_cut_off():
     torch.manual_seed(0)
     x = torch.zeros(100_000)
