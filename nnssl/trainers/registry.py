@@ -66,6 +66,15 @@ TRAINERS: dict[str, TrainerInfo] = {
         2.2,
         "the first network",
     ),
+    "DTCTrainer": TrainerInfo(
+        "nnssl.trainers.dtc",
+        "DTC",
+        "Luo et al., AAAI 2021",
+        "segmentation and signed distances, dual-task consistency",
+        2.0,
+        1.1,
+        "the network (the distance head lies beside it)",
+    ),
     "DiffCLTrainer": TrainerInfo(
         "nnssl.trainers.diffcl",
         "Diff-CL",

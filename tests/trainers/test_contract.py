@@ -31,6 +31,7 @@ OFF = {
     "BCPTrainer": {"unsupervised_weight": 0},
     "MeanTeacherTrainer": {"unsupervised_weight": 0},
     "CPSTrainer": {"unsupervised_weight": 0},
+    "DTCTrainer": {"unsupervised_weight": 0},
     "DiffCLTrainer": {"mu_d": 0, "mu_c": 0, "hfm": False},
     "DiffRectTrainer": {"unsupervised_weight": 0, "rect_weight": 0},
     "FixMatchTrainer": {"unsupervised_weight": 0},

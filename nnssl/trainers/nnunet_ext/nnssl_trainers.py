@@ -9,6 +9,7 @@ from nnssl.trainers.bcp import BCPTrainer
 from nnssl.trainers.cps import CPSTrainer
 from nnssl.trainers.diffcl import DiffCLTrainer
 from nnssl.trainers.diffrect import DiffRectTrainer
+from nnssl.trainers.dtc import DTCTrainer
 from nnssl.trainers.fixmatch import FixMatchTrainer
 from nnssl.trainers.generic_ssl import GenericSSLTrainer
 from nnssl.trainers.ict import ICTTrainer
@@ -23,6 +24,7 @@ __all__ = [
     "ACMTTrainer",
     "BCPTrainer",
     "CPSTrainer",
+    "DTCTrainer",
     "DiffCLTrainer",
     "DiffRectTrainer",
     "FixMatchTrainer",
