@@ -147,6 +147,15 @@ TRAINERS: dict[str, TrainerInfo] = {
         2.6,
         "the whole network, by sampling",
     ),
+    "SASSNetTrainer": TrainerInfo(
+        "nnssl.trainers.sassnet",
+        "SASSNet",
+        "Li et al., MICCAI 2020",
+        "segmentation and signed distances, adversary on shapes",
+        2.2,
+        1.3,
+        "the network (distance head and adversary lie beside it)",
+    ),
     "SupervisedTrainer": TrainerInfo(
         "nnssl.trainers.supervised",
         "Supervised control",

@@ -36,6 +36,7 @@ OFF = {
     "DiffRectTrainer": {"unsupervised_weight": 0, "rect_weight": 0},
     "FixMatchTrainer": {"unsupervised_weight": 0},
     "ICTTrainer": {"unsupervised_weight": 0},
+    "SASSNetTrainer": {"unsupervised_weight": 0},
     "UAMTTrainer": {"unsupervised_weight": 0, "dropout": 0},
     "URPCTrainer": {"unsupervised_weight": 0},
 }

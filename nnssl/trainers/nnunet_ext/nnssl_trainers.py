@@ -16,6 +16,7 @@ from nnssl.trainers.ict import ICTTrainer
 from nnssl.trainers.mc_net import MCNetTrainer
 from nnssl.trainers.mean_teacher import MeanTeacherTrainer
 from nnssl.trainers.proto_diff import ProtoDiffTrainer
+from nnssl.trainers.sassnet import SASSNetTrainer
 from nnssl.trainers.supervised import SupervisedTrainer
 from nnssl.trainers.ua_mt import UAMTTrainer
 from nnssl.trainers.urpc import URPCTrainer
@@ -33,6 +34,7 @@ __all__ = [
     "MCNetTrainer",
     "MeanTeacherTrainer",
     "ProtoDiffTrainer",
+    "SASSNetTrainer",
     "SupervisedTrainer",
     "UAMTTrainer",
     "URPCTrainer",
