@@ -129,6 +129,15 @@ TRAINERS: dict[str, TrainerInfo] = {
         1.6,
         "encoder and first decoder (the others lie beside them)",
     ),
+    "MLRPLTrainer": TrainerInfo(
+        "nnssl.trainers.ml_rpl",
+        "ML-RPL",
+        "Su et al., MedIA 2024",
+        "one encoder, two decoders, weighted hard pseudo-labels",
+        3.2,
+        1.6,
+        "encoder and first decoder (the other lies beside them)",
+    ),
     "MeanTeacherTrainer": TrainerInfo(
         "nnssl.trainers.mean_teacher",
         "Mean teacher",
@@ -155,6 +164,15 @@ TRAINERS: dict[str, TrainerInfo] = {
         2.2,
         1.3,
         "the network (distance head and adversary lie beside it)",
+    ),
+    "SSNetTrainer": TrainerInfo(
+        "nnssl.trainers.ss_net",
+        "SS-Net",
+        "Wu et al., MICCAI 2022",
+        "virtual adversarial smoothness, class prototypes",
+        16 / 3,
+        1.3,
+        "the network (its heads lie beside it)",
     ),
     "SupervisedTrainer": TrainerInfo(
         "nnssl.trainers.supervised",

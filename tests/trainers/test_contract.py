@@ -37,6 +37,7 @@ OFF = {
     "FixMatchTrainer": {"unsupervised_weight": 0},
     "ICTTrainer": {"unsupervised_weight": 0},
     "SASSNetTrainer": {"unsupervised_weight": 0},
+    "SSNetTrainer": {"unsupervised_weight": 0},
     "UAMTTrainer": {"unsupervised_weight": 0, "dropout": 0},
     "URPCTrainer": {"unsupervised_weight": 0},
 }

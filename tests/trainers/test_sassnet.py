@@ -67,11 +67,11 @@ def test_the_adversary_learns_which_crops_are_labeled_and_the_network_is_left_al
 
 def test_each_optimizer_moves_its_own_network_at_its_own_rate(build):
     trainer, batch, _ = groups(build)
-    before = weights(trainer.adversary)
+    before, rate = weights(trainer.adversary), trainer.learning_rate()
     scalars = trainer.train_step(batch)
     (group,) = trainer.partners["adversary"].optimizer.param_groups
     assert group["lr"] == 1e-4
-    assert trainer.optimizer.param_groups[0]["lr"] == trainer.learning_rate()
+    assert trainer.optimizer.param_groups[0]["lr"] == rate
     moved = [(a - b).abs().max().item() for a, b in zip(before, weights(trainer.adversary), strict=True)]
     assert max(moved) == pytest.approx(1e-4, rel=1e-2)  # the first step of Adam is the rate
     assert scalars["loss_adversary"] == pytest.approx(math.log(2), abs=0.5)

@@ -15,8 +15,10 @@ from nnssl.trainers.generic_ssl import GenericSSLTrainer
 from nnssl.trainers.ict import ICTTrainer
 from nnssl.trainers.mc_net import MCNetTrainer
 from nnssl.trainers.mean_teacher import MeanTeacherTrainer
+from nnssl.trainers.ml_rpl import MLRPLTrainer
 from nnssl.trainers.proto_diff import ProtoDiffTrainer
 from nnssl.trainers.sassnet import SASSNetTrainer
+from nnssl.trainers.ss_net import SSNetTrainer
 from nnssl.trainers.supervised import SupervisedTrainer
 from nnssl.trainers.ua_mt import UAMTTrainer
 from nnssl.trainers.urpc import URPCTrainer
@@ -32,9 +34,11 @@ __all__ = [
     "GenericSSLTrainer",
     "ICTTrainer",
     "MCNetTrainer",
+    "MLRPLTrainer",
     "MeanTeacherTrainer",
     "ProtoDiffTrainer",
     "SASSNetTrainer",
+    "SSNetTrainer",
     "SupervisedTrainer",
     "UAMTTrainer",
     "URPCTrainer",
