@@ -58,7 +58,7 @@ class MultiDecoderUNet(PlannedUNet):
                 decoder = base_class(1, num_classes=num_classes, deep_supervision=False, **base_kwargs).decoder
                 del decoder.encoder  # a planned decoder keeps its encoder as a part and does not run it
                 if mode != "transposed":
-                    decoder.transpconvs = nn.ModuleList(_upsampling(up, mode, ndim) for up in decoder.transpconvs)
+                    decoder.transpconvs = nn.ModuleList(upsampling_like(up, mode, ndim) for up in decoder.transpconvs)
                 self.auxiliary.append(decoder)
 
     def forward(self, x: Tensor, t: Tensor | None = None, features: bool = False, every: bool = False) -> Any:
@@ -77,7 +77,7 @@ class MultiDecoderUNet(PlannedUNet):
         return pairs if features else [output for output, _ in pairs]
 
 
-def _upsampling(transposed: nn.Module, mode: str, ndim: int) -> nn.Module:
+def upsampling_like(transposed: nn.Module, mode: str, ndim: int) -> nn.Module:
     """Return an up-sampling of the same channels and stride as a transposed convolution."""
     conv = (nn.Conv2d if ndim == 2 else nn.Conv3d)(
         transposed.in_channels, transposed.out_channels, 1, bias=transposed.bias is not None

@@ -103,7 +103,7 @@ class MLRPLTrainer(SemiSupervisedTrainer):
         """Yield both supervised losses and the labeled part of the mutual learning, then its unlabeled part."""
         weight = self.settings.unsupervised(self.fraction)
         unlabeled = batch.get("unlabeled")
-        if unlabeled is None or weight == 0:
+        if unlabeled is None or self.settings.unsupervised_weight == 0:  # in a warm-up both learn before they teach
             loss = self.supervised_loss(self.network(batch["data"]), batch["target"])
             yield LossGroup({"loss_supervised": loss}, step=("network",))
             return

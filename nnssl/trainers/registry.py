@@ -57,6 +57,15 @@ TRAINERS: dict[str, TrainerInfo] = {
         1.3,
         "the student",
     ),
+    "CAMLTrainer": TrainerInfo(
+        "nnssl.trainers.caml",
+        "CAML",
+        "Gao et al., MICCAI 2023",
+        "two networks, cross-sample attention, correlations with a memory",
+        4.0,
+        2.2,
+        "the vanilla network",
+    ),
     "CPSTrainer": TrainerInfo(
         "nnssl.trainers.cps",
         "Cross pseudo supervision",

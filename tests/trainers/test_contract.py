@@ -29,6 +29,7 @@ BOTH = ("2d", "3d_fullres")
 OFF = {
     "ACMTTrainer": {"unsupervised_weight": 0},
     "BCPTrainer": {"unsupervised_weight": 0},
+    "CAMLTrainer": {"unsupervised_weight": 0},
     "MeanTeacherTrainer": {"unsupervised_weight": 0},
     "CPSTrainer": {"unsupervised_weight": 0},
     "DTCTrainer": {"unsupervised_weight": 0},

@@ -113,3 +113,11 @@ def test_both_directions_and_both_batches_count(build):
     scalars = trainer.train_step(batch)
     assert scalars["loss_mutual_labeled"] == pytest.approx(expected[0], rel=1e-4)
     assert scalars["loss_mutual_unlabeled"] == pytest.approx(expected[1], rel=1e-4)
+
+
+def test_the_second_decoder_learns_in_a_warm_up(build):
+    trainer = build("MLRPLTrainer", settings={"unsupervised_schedule": "warmup99"})
+    before = weights(trainer.network.auxiliary)
+    scalars = trainer.train_step(next(trainer.dataloader_train))
+    assert scalars["loss_mutual_labeled"] == scalars["loss_mutual_unlabeled"] == 0
+    assert not same(before, weights(trainer.network.auxiliary))

@@ -6,6 +6,7 @@ for each class, so that look-ups agree and objects pickle.
 
 from nnssl.trainers.ac_mt import ACMTTrainer
 from nnssl.trainers.bcp import BCPTrainer
+from nnssl.trainers.caml import CAMLTrainer
 from nnssl.trainers.cps import CPSTrainer
 from nnssl.trainers.diffcl import DiffCLTrainer
 from nnssl.trainers.diffrect import DiffRectTrainer
@@ -26,6 +27,7 @@ from nnssl.trainers.urpc import URPCTrainer
 __all__ = [
     "ACMTTrainer",
     "BCPTrainer",
+    "CAMLTrainer",
     "CPSTrainer",
     "DTCTrainer",
     "DiffCLTrainer",
