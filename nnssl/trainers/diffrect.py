@@ -240,7 +240,8 @@ class DiffRectTrainer(SemiSupervisedTrainer):
         t = steps[torch.randint(0, len(steps), (len(image),), device=self.device)]
         noise = torch.randn(len(image), *self.latent_shape, device=self.device)
         colored, better = colorize(labels, self.colors), colorize(good, self.colors)
-        return self.rectifier(image, colored, tau, good=better, good_image=good_image, t=t, noise=noise)
+        out = self.rectifier(image, colored, tau, good=better, good_image=good_image, t=t, noise=noise)
+        return self._from_label(out, labels)
 
     @torch.no_grad()
     def _sampled(self, image: Tensor, labels: Tensor, tau: Tensor | None = None) -> Rectified:
@@ -251,7 +252,12 @@ class DiffRectTrainer(SemiSupervisedTrainer):
         colored = colorize(labels, self.colors)
         rectified = self.rectifier(image, colored, tau, noise=noise, sampling=self.settings.sampling())
         self.rectifier.train(training)
-        return rectified
+        return self._from_label(rectified, labels)
+
+    def _from_label(self, out: Rectified, labels: Tensor) -> Rectified:
+        """Add the label to R's logits where the settings say so: R then learns what to change, not to copy first."""
+        scale = self.settings.label_residual
+        return out._replace(logits=out.logits + scale * self.label_space.one_hot(labels)) if scale else out
 
     def _tau(self, labels: Tensor, better: Tensor, valid: Tensor) -> Tensor:
         """Return the calibration guidance of label maps against better ones, one an item (b,)."""

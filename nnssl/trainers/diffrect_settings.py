@@ -93,6 +93,9 @@ class DiffRectSettings(UnsupervisedSettings):
     damage: float = option(
         0.0, "probability that boxes of other labels are pasted into a weak label W2G mends (ours)", low=0, high=1
     )
+    label_residual: float = option(
+        0.0, "logit that R gives to the label it mends before it has learned anything (ours; the paper: 0)", low=0
+    )
     s2w_target: str = option("rectified", "label of the strong-to-weak pass", choices=("rectified", "weak"))
     s2w_image: str = option("strong", "image beside the better map of strong-to-weak", choices=("strong", "weak"))
     s2g: bool = option(False, "strong-to-ground-truth too: strong labeled views learn the truth (ours)")

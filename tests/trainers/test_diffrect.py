@@ -274,6 +274,20 @@ def test_damaged_weak_labels_are_mended_and_guided_by_their_own_distance(made):
     assert torch.equal(whole["label"][n:], w2g["label"][n:])
 
 
+def test_the_rectifier_may_start_from_the_label_it_mends(made):
+    trainer = made(label_residual=3.0)
+    raw = []
+    trainer.rectifier.register_forward_hook(lambda _, args, out: raw.append(out.logits))
+    image, labels = torch.randn(2, 1, 32, 32), torch.randint(0, 3, (2, 1, 32, 32))
+    with torch.no_grad():
+        sampled = trainer._sampled(image, labels)
+        trained = trainer._transport(image, labels, torch.zeros(2), labels)
+    for out, plain in zip((sampled, trained), raw, strict=True):
+        added = out.logits - plain
+        assert torch.allclose(added.gather(1, labels), torch.tensor(3.0), atol=1e-5)
+        assert torch.allclose(added.sum(1), torch.tensor(3.0), atol=1e-5)
+
+
 def test_strong_labels_are_compared_with_the_rectified_or_the_weak_ones(made):
     taus = {}
     for reference in ("rectified", "weak"):
@@ -426,6 +440,7 @@ ABLATIONS = {
     "no dropout": {"rectifier_dropout": False},
     "strong to truth": {"s2g": True},
     "damage": {"damage": 1.0},
+    "residual": {"label_residual": 3.0},
     "s2w weak image": {"s2w_image": "weak"},
     "s2w weak target": {"s2w_target": "weak"},
     "linear": {"noise_schedule": "linear", "timesteps": 50},
