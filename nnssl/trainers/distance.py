@@ -47,6 +47,8 @@ class DistanceMethod(SemiSupervisedTrainer):
         self.distances = heads if self.label_space.regions else heads - 1
         head = DistanceHead(unwrap(self.network).feature_channels, self.distances, ndim)
         self.distance_head = self.add_partner("distance", head)
+        if self.settings.distance_weight == 0 and self.settings.unsupervised_weight > 0:
+            self.warn("distance_weight=0: labels teach the distance head nothing, and so the method nothing of shape")
 
     def method_losses(self, batch: dict[str, Any], weight: float) -> Iterator[LossGroup]:
         """Yield the groups of a step of the whole method; ``weight`` is the schedule's."""

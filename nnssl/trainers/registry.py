@@ -63,7 +63,7 @@ TRAINERS: dict[str, TrainerInfo] = {
         "Gao et al., MICCAI 2023",
         "two networks, cross-sample attention, correlations with a memory",
         4.0,
-        2.2,
+        4.0,
         "the vanilla network",
     ),
     "CPSTrainer": TrainerInfo(
@@ -180,7 +180,7 @@ TRAINERS: dict[str, TrainerInfo] = {
         "Wu et al., MICCAI 2022",
         "virtual adversarial smoothness, class prototypes",
         16 / 3,
-        1.3,
+        2.0,
         "the network (its heads lie beside it)",
     ),
     "SupervisedTrainer": TrainerInfo(

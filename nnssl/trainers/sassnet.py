@@ -68,7 +68,7 @@ class SASSNetSettings(DistanceSettings):
     """Settings of shape-aware segmentation."""
 
     unsupervised_weight: float = option(0.01, "beta: weight of the adversarial term at the end", low=0)
-    adversary_lr: float = option(1e-4, "constant learning rate of the adversary's Adam", low=0)
+    adversary_lr: float = option(1e-4, "constant learning rate of the adversary's Adam", low=1e-8)
     adversary_width: int = option(64, "channels after the adversary's first convolution", low=1)
 
 

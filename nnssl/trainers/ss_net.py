@@ -40,7 +40,7 @@ class SSNetSettings(UnsupervisedSettings):
 
     unsupervised_weight: float = option(1.0, "lambda: weight of both terms at the end", low=0)
     separation_weight: float = option(0.1, "omega: weight of the class separation beside the smoothness", low=0)
-    epsilon: float = option(10.0, "norm of the adversarial change of a crop (the authors: 10 in 3D, 6 in 2D)", low=0)
+    epsilon: float = option(10.0, "norm of the adversarial change of a crop (the authors: 10 in 3D, 6 in 2D)", low=1e-6)
     xi: float = option(10.0, "norm of the change at which its direction is found", low=1e-6)
     prototypes: int = option(32, "prototypes a class", low=1)
     dim: int = option(32, "dimension of the embeddings", low=1)

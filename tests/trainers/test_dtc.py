@@ -44,3 +44,10 @@ def test_the_head_rests_with_weight_zero_and_learns_in_a_warm_up(build):
         before = weights(trainer.distance_head)
         trainer.train_step(next(trainer.dataloader_train))
         assert same(before, weights(trainer.distance_head)) == rests
+
+
+def test_distances_without_a_weight_are_warned_of(build, capsys):
+    build("DTCTrainer", settings={"distance_weight": 0})
+    assert "distance_weight=0" in capsys.readouterr().out
+    build("DTCTrainer", settings={"distance_weight": 0, "unsupervised_weight": 0})
+    assert "distance_weight=0" not in capsys.readouterr().out
