@@ -70,8 +70,9 @@ def test_reliability_is_one_where_likeness_and_probability_agree_and_never_negat
     features = members * 3
     assert torch.allclose(reliability(features, members, members), torch.ones(1, 1, 1, 4))
     assert not reliability(features, 1 - members, members).any()
-    against = torch.cat([features[..., :2], -features[..., :2]], -1)  # cosines of -1
-    assert reliability(against, torch.ones_like(members), members[..., [0, 1, 0, 1]]).min() >= 0
+    everything, against = torch.ones_like(members), torch.ones_like(members)
+    against[..., 3] = -1  # a cosine of -1 where the probability is 1: 1 - 2^2 is below 0
+    assert torch.allclose(reliability(against, everything, everything), torch.tensor([[[[1.0, 1, 1, 0]]]]))
     assert reliability(features, members, torch.zeros_like(members)).isfinite().all()
 
 
