@@ -362,7 +362,7 @@ def test_readme_has_every_trainer_with_its_cost():
 
     rows = [line for line in (ROOT / "README.md").read_text(encoding="utf-8").splitlines() if line.startswith("| [`")]
     for name, info in TRAINERS.items():
-        row = next((row for row in rows if name in row), "")
+        row = next((row for row in rows if f"[`{name}`]" in row), "")
         assert row.endswith(f"| {info.step_cost:.2g} | {info.memory_factor:.2g} |"), name
     assert len(rows) == len(TRAINERS)
 

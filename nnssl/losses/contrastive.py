@@ -77,3 +77,36 @@ def _check(b: Tensor, features: Mapping[int, Tensor], k: int, tau: float, chosen
         raise ValueError(f"k must be at least 1 and k_per_class at least 0, got {k} and {dict(chosen)}")
     if 2 * k > len(b):
         raise ValueError(f"2 k must not exceed the {len(b)} unlabeled features, got k = {k}")
+
+
+@fp32
+def correlation_consistency(
+    learner: Tensor, teacher: Tensor, bank: Mapping[int, Tensor], tau: float, detach: bool = True
+) -> Tensor:
+    """Compute the omni-correlation consistency of CAML (Gao et al. 2023, arXiv 2307.06312).
+
+    ``mean_i -sum_j a_ij ln v_ij`` with ``v_i = softmax(e_i M^T / tau)`` of the learner and a_i likewise of the teacher,
+    M all features of the bank: both must find a voxel alike to the same labeled ones.
+
+    Args:
+        learner: e, features of voxels (n, d).
+        teacher: features of the same voxels (n, d).
+        bank: features by class (p, d), constants.
+        tau: temperature, greater than 0.
+        detach: the teacher's correlations are constants; False lets the gradient through them too.
+
+    Returns:
+        A scalar; 0, with a (zero) gradient, without a voxel or a feature.
+
+    Raises:
+        ValueError: shapes do not fit, or tau is out of range.
+    """
+    if learner.ndim != 2 or learner.shape != teacher.shape:
+        raise ValueError(f"both must have one shape (n, d), got {tuple(learner.shape)} and {tuple(teacher.shape)}")
+    if not tau > 0:
+        raise ValueError(f"tau must be greater than 0, got {tau}")
+    if not len(learner) or not bank:
+        return (learner.sum() + teacher.sum()) * 0
+    memory = torch.cat([bank[c] for c in sorted(bank)]).detach().to(learner).T / tau
+    target = (teacher @ memory).softmax(1)
+    return -((target.detach() if detach else target) * (learner @ memory).log_softmax(1)).sum(1).mean()

@@ -1,7 +1,8 @@
-"""Prototype losses of Xi et al. 2025 (arXiv 2507.16429): embeddings against the class prototypes they belong to.
+"""Prototype losses: embeddings against the class prototypes they belong to.
 
-i an l2-normalized embedding, p_ck prototype k of class c, k(n) the prototype embedding n is assigned to, tau the
-temperature. Prototypes are constants here.
+Of Xi et al. 2025 (arXiv 2507.16429): i an l2-normalized embedding, p_ck prototype k of class c, k(n) the prototype
+embedding n is assigned to, tau the temperature. And of SS-Net (Wu et al. 2022, arXiv 2203.01324). Prototypes are
+constants here.
 """
 
 from __future__ import annotations
@@ -65,6 +66,23 @@ def intra_loss(embeddings: Tensor, labels: Tensor, assigned: Tensor, prototypes:
         return embeddings.sum() * 0
     own = prototypes.detach().to(embeddings)[labels, assigned]
     return (1 - (embeddings * own).sum(1)).square().mean()
+
+
+@fp32
+def weighted_cosine_distance(
+    embeddings: Tensor, prototypes: Tensor, weights: Tensor, prototype_weights: Tensor | None = None
+) -> Tensor:
+    """Return ``mean_(i, j) w_i v_j (1 - cos(e_i, m_j))`` of one class, the weights scaled to a mean of 1 (SS-Net).
+
+    Args:
+        embeddings: e (n, D), n at least 1.
+        prototypes: m (K, D), K at least 1; treated as constants.
+        weights: w (n,), positive, with gradient: those weigh more that are near.
+        prototype_weights: v (K,), positive, with gradient; None: all 1.
+    """
+    cosine = functional.normalize(embeddings, dim=1) @ functional.normalize(prototypes.detach(), dim=1).T
+    distance = (weights / weights.mean())[:, None] * (1 - cosine)
+    return (distance if prototype_weights is None else distance * (prototype_weights / prototype_weights.mean())).mean()
 
 
 def _check(embeddings: Tensor, labels: Tensor, assigned: Tensor, prototypes: Tensor) -> None:

@@ -58,27 +58,26 @@ class MultiDecoderUNet(PlannedUNet):
                 decoder = base_class(1, num_classes=num_classes, deep_supervision=False, **base_kwargs).decoder
                 del decoder.encoder  # a planned decoder keeps its encoder as a part and does not run it
                 if mode != "transposed":
-                    decoder.transpconvs = nn.ModuleList(_upsampling(up, mode, ndim) for up in decoder.transpconvs)
+                    decoder.transpconvs = nn.ModuleList(upsampling_like(up, mode, ndim) for up in decoder.transpconvs)
                 self.auxiliary.append(decoder)
 
-    def forward(
-        self, x: Tensor, t: Tensor | None = None, features: bool = False, every: bool = False
-    ) -> Tensor | list[Tensor] | tuple[Tensor | list[Tensor], Tensor] | list[Tensor | list[Tensor]]:
+    def forward(self, x: Tensor, t: Tensor | None = None, features: bool = False, every: bool = False) -> Any:
         """Return the planned decoder's output, or with ``every`` a list of the outputs of all decoders, it first.
 
         Args:
             x: input, (b, channels, *spatial).
             t: as in `PlannedUNet`.
-            features: as in `PlannedUNet`.
+            features: as in `PlannedUNet`, with ``every`` of each decoder: a list of pairs (output, features).
             every: run the auxiliary decoders too.
         """
         if not every:
             return super().forward(x, t, features)
         skips, deep = self._encode(x, None), self.decoder.deep_supervision
-        return [run_decoder(decoder, skips, None, deep)[0] for decoder in (self.decoder, *self.auxiliary)]
+        pairs = [run_decoder(decoder, skips, None, deep) for decoder in (self.decoder, *self.auxiliary)]
+        return pairs if features else [output for output, _ in pairs]
 
 
-def _upsampling(transposed: nn.Module, mode: str, ndim: int) -> nn.Module:
+def upsampling_like(transposed: nn.Module, mode: str, ndim: int) -> nn.Module:
     """Return an up-sampling of the same channels and stride as a transposed convolution."""
     conv = (nn.Conv2d if ndim == 2 else nn.Conv3d)(
         transposed.in_channels, transposed.out_channels, 1, bias=transposed.bias is not None

@@ -1,4 +1,4 @@
-"""Projection head for voxel-wise contrast."""
+"""Heads on the features of single voxels, for contrast between voxels or with prototypes."""
 
 from __future__ import annotations
 
@@ -27,3 +27,40 @@ class ProjectionHead(nn.Module):
         """Project features of voxels (M, C_f) to (M, d)."""
         with torch.autocast(features.device.type, enabled=False):
             return self.layers(features.to(self.layers[0].weight.dtype))
+
+
+class Selector(nn.Module):
+    """Per-voxel perceptron d -> d -> 1 and sigmoid: how much an embedding counts (SS-Net, arXiv 2203.01324).
+
+    In the precision of its weights, for the reason that :class:`ProjectionHead` gives.
+
+    Args:
+        dim: d, dimension of the embeddings.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Linear(dim, dim), nn.LayerNorm(dim), nn.LeakyReLU(0.2), nn.Linear(dim, 1), nn.Sigmoid()
+        )
+
+    def forward(self, embeddings: Tensor) -> Tensor:
+        """Return weights (M,) in (0, 1) of embeddings (M, d)."""
+        with torch.autocast(embeddings.device.type, enabled=False):
+            return self.layers(embeddings.to(self.layers[0].weight.dtype))[:, 0]
+
+
+class SeparationHeads(nn.Module):
+    """Projector and predictor of SS-Net, and for each class selectors of embeddings and of prototypes.
+
+    Args:
+        in_channels: channels of the feature map.
+        dim: dimension of the embeddings.
+        classes: classes that have prototypes.
+    """
+
+    def __init__(self, in_channels: int, dim: int, classes: int) -> None:
+        super().__init__()
+        self.projector, self.predictor = ProjectionHead(in_channels, dim), ProjectionHead(dim, dim)
+        self.embedding_selectors = nn.ModuleList(Selector(dim) for _ in range(classes))
+        self.prototype_selectors = nn.ModuleList(Selector(dim) for _ in range(classes))

@@ -1,6 +1,6 @@
 """Memory bank of labeled voxel features for contrastive learning.
 
-One slot per labeled case, overwritten at each visit, as in CAML (Gao et al. 2023, arXiv 2308.16573); a slot is bounded
+One slot per labeled case, overwritten at each visit, as in CAML (Gao et al. 2023, arXiv 2307.06312); a slot is bounded
 per class. Random choices use torch's global generator or one that is passed, so seeded steps repeat.
 """
 

@@ -3,6 +3,7 @@ import torch
 
 from nnssl.losses.consistency import (
     cross_pseudo_supervision,
+    dice_distance,
     mutual_consistency,
     probability_mse,
     sharpen,
@@ -128,3 +129,26 @@ def test_only_undetached_targets_have_a_gradient():
         mutual_consistency([a, b], 0.5, detach=detach).backward()
         constant = 2 * (a - sharpen(b, 0.5)).detach() / a.numel()
         assert torch.allclose(a.grad, constant, atol=1e-7) == detach
+
+
+def test_dice_distance_class_by_class():
+    a, b, valid = toy()
+    p, q = a.softmax(1), b.softmax(1)
+    terms = []
+    for c in range(3):
+        x, y = (t[:, c][valid[:, 0]] for t in (p, q))
+        terms.append(1 - (2 * (x * y).sum() + 1e-5) / ((x**2).sum() + (y**2).sum() + 1e-5))
+    assert float(dice_distance(p, q, valid)) == pytest.approx(float(sum(terms)) / 3, rel=1e-12)
+
+
+def test_dice_distance_is_least_at_agreement_and_finite_without_voxels():
+    a, b, valid = toy()
+    p, q = a.softmax(1).requires_grad_(), b.softmax(1)
+    same = dice_distance(p, p.detach(), valid)
+    (gradient,) = torch.autograd.grad(same, p)
+    assert float(same) == pytest.approx(0, abs=1e-12)
+    assert gradient.abs().max() < 1e-12
+    assert 0 < float(dice_distance(p, q, valid)) < 1
+    assert float(dice_distance(p, q, torch.zeros_like(valid))) == 0
+    (gradient,) = torch.autograd.grad(dice_distance(p, q, valid), p)
+    assert torch.equal(gradient.abs().sum(1, keepdim=True) > 0, valid)

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from nnssl.losses.contrastive import label_propagation_loss
+from nnssl.losses.contrastive import correlation_consistency, label_propagation_loss
 
 
 def toy(q=14, d=5, counts=(6, 4), seed=0):
@@ -126,3 +126,32 @@ def test_arguments_out_of_range_are_refused(arguments, match):
     b, bank = toy()
     with pytest.raises(ValueError, match=match):
         label_propagation_loss(**{"b": b, "bank": bank, "k": 3, "tau": 0.1, **arguments})
+
+
+def test_correlations_voxel_by_voxel():
+    generator = torch.Generator().manual_seed(0)
+    v, a = (torch.randn(4, 5, generator=generator) for _ in range(2))
+    bank = {2: torch.randn(3, 5, generator=generator), 0: torch.randn(2, 5, generator=generator)}
+    total = 0.0
+    for i in range(4):
+        scores = [[math.exp(float(torch.dot(x[i], m)) / 2) for m in torch.cat([bank[0], bank[2]])] for x in (v, a)]
+        c_v, c_a = ([s / sum(row) for s in row] for row in scores)
+        total -= sum(p * math.log(q) for p, q in zip(c_a, c_v, strict=True))
+    assert correlation_consistency(v, a, bank, 2.0).item() == pytest.approx(total / 4, rel=1e-5)
+
+
+def test_correlations_have_their_least_value_at_agreement_and_are_finite_without_a_bank():
+    v = torch.randn(6, 5, requires_grad=True)
+    bank = {0: torch.randn(3, 5)}
+    loss = correlation_consistency(v, v.detach(), bank, 1.0)
+    (gradient,) = torch.autograd.grad(loss, v)
+    assert gradient.abs().max() < 1e-6
+    assert correlation_consistency(v, torch.randn(6, 5), bank, 1.0).item() >= 0
+    for features, stored in ((v, {}), (v[:0], bank)):
+        empty = correlation_consistency(features, features, stored, 1.0)
+        assert empty.item() == 0
+        assert not torch.autograd.grad(empty, v)[0].any()
+    with pytest.raises(ValueError, match="tau"):
+        correlation_consistency(v, v, bank, 0.0)
+    with pytest.raises(ValueError, match="one shape"):
+        correlation_consistency(v, v[:2], bank, 1.0)

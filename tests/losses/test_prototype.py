@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nnssl.losses.prototype import inter_loss, intra_loss
+from nnssl.losses.prototype import inter_loss, intra_loss, weighted_cosine_distance
 
 C, K, D = 4, 3, 16
 
@@ -107,3 +107,29 @@ def test_shapes_and_temperature_are_checked():
         intra_loss(embeddings, labels, assigned, p[..., :-1])
     with pytest.raises(ValueError, match="assigned"):
         intra_loss(embeddings, labels, assigned[1:], p)
+
+
+def test_weighted_distance_pair_by_pair_and_what_it_moves():
+    generator = torch.Generator().manual_seed(0)
+    e, m = (torch.randn(n, D, generator=generator).requires_grad_() for n in (5, 3))
+    w, v = (torch.rand(n, generator=generator).requires_grad_() for n in (5, 3))
+    total = 0.0
+    for i in range(5):
+        for j in range(3):
+            share = w[i] / w.sum() * v[j] / v.sum()  # a mean of 1 over n, then the mean over n
+            total += float(share * (1 - torch.dot(e[i], m[j]) / e[i].norm() / m[j].norm()))
+    loss = weighted_cosine_distance(e, m, w, v)
+    assert loss.item() == pytest.approx(total, rel=1e-5)
+    loss.backward()
+    assert m.grad is None
+    assert all(x.grad.abs().sum() > 0 for x in (e, w, v))
+    equal = weighted_cosine_distance(e, m, torch.full((5,), 0.3))
+    assert equal.item() == pytest.approx((1 - F.normalize(e, dim=1) @ F.normalize(m, dim=1).T).mean().item(), rel=1e-5)
+
+
+def test_weights_learn_to_prefer_what_is_near():
+    m = torch.eye(D)[:1]
+    e = torch.stack([m[0], -m[0]])
+    w = torch.ones(2, requires_grad=True)
+    (gradient,) = torch.autograd.grad(weighted_cosine_distance(e, m, w), w)
+    assert gradient[0] < 0 < gradient[1]

@@ -50,6 +50,16 @@ def test_decoders_differ_in_up_sampling_and_share_the_encoder(plan, build):
     assert not any(n.startswith("auxiliary") and "encoder" in n for n in names)
 
 
+def test_every_decoder_returns_what_its_last_layer_reads(plan, build):
+    base, kwargs, ndim = plan
+    ours = build(NETWORK, {"base": base, "upsampling": ["nearest"], **kwargs})
+    x = image(ndim)
+    pairs, decoders = ours(x, every=True, features=True), (ours.decoder, *ours.auxiliary)
+    for (output, features), alone, decoder in zip(pairs, ours(x, every=True), decoders, strict=True):
+        assert torch.equal(output, alone)
+        assert torch.equal(decoder.seg_layers[-1](features), output)
+
+
 def test_unknown_up_sampling_is_refused(plan, build):
     base, kwargs, _ = plan
     with pytest.raises(UserError, match="up-sampling"):

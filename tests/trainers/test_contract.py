@@ -29,12 +29,16 @@ BOTH = ("2d", "3d_fullres")
 OFF = {
     "ACMTTrainer": {"unsupervised_weight": 0},
     "BCPTrainer": {"unsupervised_weight": 0},
+    "CAMLTrainer": {"unsupervised_weight": 0},
     "MeanTeacherTrainer": {"unsupervised_weight": 0},
     "CPSTrainer": {"unsupervised_weight": 0},
+    "DTCTrainer": {"unsupervised_weight": 0},
     "DiffCLTrainer": {"mu_d": 0, "mu_c": 0, "hfm": False},
     "DiffRectTrainer": {"unsupervised_weight": 0, "rect_weight": 0},
     "FixMatchTrainer": {"unsupervised_weight": 0},
     "ICTTrainer": {"unsupervised_weight": 0},
+    "SASSNetTrainer": {"unsupervised_weight": 0},
+    "SSNetTrainer": {"unsupervised_weight": 0},
     "UAMTTrainer": {"unsupervised_weight": 0, "dropout": 0},
     "URPCTrainer": {"unsupervised_weight": 0},
 }

@@ -27,6 +27,7 @@ SCRIPT = Path(__file__).parent.parent / "tools" / "gloo_step.py"
         ("DiffCLTrainer", {"q": 128, "k": 8, "p": 16, "unlabeled_batch": 3}),
         ("MeanTeacherTrainer", {"unlabeled_batch": 2}),
         ("ProtoDiffTrainer", {}),
+        ("SASSNetTrainer", {"unlabeled_batch": 2, "adversary_width": 4}),
         ("GenericSSLTrainer", {"unlabeled_batch": 2, "unsupervised_schedule": "constant", "joint": False}),
         (
             "DiffRectTrainer",

@@ -6,15 +6,20 @@ for each class, so that look-ups agree and objects pickle.
 
 from nnssl.trainers.ac_mt import ACMTTrainer
 from nnssl.trainers.bcp import BCPTrainer
+from nnssl.trainers.caml import CAMLTrainer
 from nnssl.trainers.cps import CPSTrainer
 from nnssl.trainers.diffcl import DiffCLTrainer
 from nnssl.trainers.diffrect import DiffRectTrainer
+from nnssl.trainers.dtc import DTCTrainer
 from nnssl.trainers.fixmatch import FixMatchTrainer
 from nnssl.trainers.generic_ssl import GenericSSLTrainer
 from nnssl.trainers.ict import ICTTrainer
 from nnssl.trainers.mc_net import MCNetTrainer
 from nnssl.trainers.mean_teacher import MeanTeacherTrainer
+from nnssl.trainers.ml_rpl import MLRPLTrainer
 from nnssl.trainers.proto_diff import ProtoDiffTrainer
+from nnssl.trainers.sassnet import SASSNetTrainer
+from nnssl.trainers.ss_net import SSNetTrainer
 from nnssl.trainers.supervised import SupervisedTrainer
 from nnssl.trainers.ua_mt import UAMTTrainer
 from nnssl.trainers.urpc import URPCTrainer
@@ -22,15 +27,20 @@ from nnssl.trainers.urpc import URPCTrainer
 __all__ = [
     "ACMTTrainer",
     "BCPTrainer",
+    "CAMLTrainer",
     "CPSTrainer",
+    "DTCTrainer",
     "DiffCLTrainer",
     "DiffRectTrainer",
     "FixMatchTrainer",
     "GenericSSLTrainer",
     "ICTTrainer",
     "MCNetTrainer",
+    "MLRPLTrainer",
     "MeanTeacherTrainer",
     "ProtoDiffTrainer",
+    "SASSNetTrainer",
+    "SSNetTrainer",
     "SupervisedTrainer",
     "UAMTTrainer",
     "URPCTrainer",
