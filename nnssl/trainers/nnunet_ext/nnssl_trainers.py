@@ -5,8 +5,13 @@ for each class, so that look-ups agree and objects pickle.
 """
 
 from nnssl.trainers.ac_mt import ACMTTrainer
+from nnssl.trainers.adsh import AdshTrainer
 from nnssl.trainers.bcp import BCPTrainer
+from nnssl.trainers.cld import CLDTrainer
 from nnssl.trainers.cps import CPSTrainer
+from nnssl.trainers.crest import CReSTTrainer
+from nnssl.trainers.depl import DePLTrainer
+from nnssl.trainers.dhc import DHCTrainer
 from nnssl.trainers.diffcl import DiffCLTrainer
 from nnssl.trainers.diffrect import DiffRectTrainer
 from nnssl.trainers.fixmatch import FixMatchTrainer
@@ -15,14 +20,20 @@ from nnssl.trainers.ict import ICTTrainer
 from nnssl.trainers.mc_net import MCNetTrainer
 from nnssl.trainers.mean_teacher import MeanTeacherTrainer
 from nnssl.trainers.proto_diff import ProtoDiffTrainer
+from nnssl.trainers.simis import SimiSTrainer
 from nnssl.trainers.supervised import SupervisedTrainer
 from nnssl.trainers.ua_mt import UAMTTrainer
 from nnssl.trainers.urpc import URPCTrainer
 
 __all__ = [
     "ACMTTrainer",
+    "AdshTrainer",
     "BCPTrainer",
+    "CLDTrainer",
     "CPSTrainer",
+    "CReSTTrainer",
+    "DHCTrainer",
+    "DePLTrainer",
     "DiffCLTrainer",
     "DiffRectTrainer",
     "FixMatchTrainer",
@@ -31,6 +42,7 @@ __all__ = [
     "MCNetTrainer",
     "MeanTeacherTrainer",
     "ProtoDiffTrainer",
+    "SimiSTrainer",
     "SupervisedTrainer",
     "UAMTTrainer",
     "URPCTrainer",
