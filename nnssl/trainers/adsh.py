@@ -20,6 +20,7 @@ from torch import Tensor
 
 from nnssl.trainers.settings import UnsupervisedSettings, option
 from nnssl.trainers.two_networks import TEACHER, ByName, TwoNetworkMethod
+from nnssl.training.class_statistics import ClassState
 from nnssl.training.pseudo_labels import pseudo_label_loss
 
 #: Bins of confidence between 0 and 1: thresholds are multiples of 0.001.
@@ -42,7 +43,7 @@ class AdshSettings(UnsupervisedSettings):
     )
 
 
-class AdaptiveThresholds:
+class AdaptiveThresholds(ClassState):
     """Thresholds (C,) of classes from a histogram of confidences, renewed every ``window`` batches.
 
     Args:
@@ -83,13 +84,6 @@ class AdaptiveThresholds:
         rho = shares[counts.argmax(), first]
         reached = (shares >= rho).sum(1) - 1  # the highest bin above which the share rho still lies
         return torch.where(counts > 0, reached / BINS, self.value)
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return {name: getattr(self, name) for name in self.NAMES}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        for name, value in self.state_dict().items():
-            setattr(self, name, state[name].to(value))
 
 
 class AdshTrainer(TwoNetworkMethod):

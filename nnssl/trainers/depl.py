@@ -21,6 +21,7 @@ from torch import Tensor
 from nnssl.losses.precision import fp32
 from nnssl.trainers.settings import UnsupervisedSettings, option
 from nnssl.trainers.two_networks import TEACHER, ByName, TwoNetworkMethod
+from nnssl.training.class_statistics import ClassState
 from nnssl.training.pseudo_labels import pseudo_label_loss
 
 
@@ -35,8 +36,10 @@ class DePLSettings(UnsupervisedSettings):
     margin: bool = option(True, "add the margin to the learner's logits (DHC's version computes and drops it)")
 
 
-class Prior:
+class Prior(ClassState):
     """Moving average q (C,) of the mean prediction; uniform at first."""
+
+    NAMES = ("value",)
 
     def __init__(self, classes: int, decay: float, device: torch.device | str = "cpu") -> None:
         self.decay, self.value = decay, torch.full((classes,), 1 / classes, device=device)
@@ -55,12 +58,6 @@ class Prior:
         """Return log q in a shape that adds to logits (b, C, ...)."""
         tiny = torch.finfo(self.value.dtype).tiny  # a class that is never predicted has a finite margin
         return self.value.clamp_min(tiny).log().view(1, -1, *[1] * (like.ndim - 2))
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return {"value": self.value}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        self.value = state["value"].to(self.value)
 
 
 @fp32

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from nnssl.losses.class_weighted import class_weighted_loss
-
-if TYPE_CHECKING:
-    from nnssl.trainers.base import SemiSupervisedTrainer
+from nnssl.trainers.base import SemiSupervisedTrainer, full_resolution
 
 
 def class_weighted_supervision(
@@ -26,7 +24,7 @@ def class_weighted_supervision(
         include_background: the Dice counts class 0 too.
     """
     space, batch_dice = trainer.label_space, trainer.configuration_manager.batch_dice
-    levels = zip(output, target, strict=True) if isinstance(output, list) else [(output, _first(target))]
+    levels = zip(output, target, strict=True) if isinstance(output, list) else [(output, full_resolution(target))]
     factors = getattr(trainer.loss, "weight_factors", (1.0,))
     loss = sum(
         factor
@@ -37,7 +35,3 @@ def class_weighted_supervision(
         if factor != 0
     )
     return torch.as_tensor(loss)
-
-
-def _first(target: Any) -> Tensor:
-    return target[0] if isinstance(target, (list, tuple)) else target

@@ -7,6 +7,7 @@ weighs alike. A class that a batch does not hold keeps what was known of it.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import ClassVar
 
 import torch
 import torch.distributed as dist
@@ -40,10 +41,10 @@ def absent_as_rarest(counts: Tensor) -> Tensor:
     return counts.where(counts > 0, rarest)
 
 
-class _State:
-    """Tensors by name that go into a checkpoint."""
+class ClassState:
+    """Tensors that a checkpoint holds, by the names of their attributes."""
 
-    NAMES: tuple[str, ...]
+    NAMES: ClassVar[tuple[str, ...]]
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return everything that is remembered of the classes."""
@@ -55,7 +56,7 @@ class _State:
             setattr(self, name, state[name].to(value))
 
 
-class ClassCounts(_State):
+class ClassCounts(ClassState):
     """Voxels of each class over the whole run: ``value`` is int64 (C,)."""
 
     NAMES = ("value",)
@@ -68,7 +69,7 @@ class ClassCounts(_State):
         self.value = self.value + counts.long()
 
 
-class ClassWeights(_State):
+class ClassWeights(ClassState):
     """Moving average of weights that a rule derives from a batch's counts: ``W <- d W + (1 - d) rule(n)``.
 
     Args:
@@ -103,7 +104,7 @@ class ClassWeights(_State):
         self.value = torch.where(seen, moved, self.value)
 
 
-class ConfidenceBank(_State):
+class ConfidenceBank(ClassState):
     """Mean probability that voxels of each class get for it, averaged over a run (CLD, arXiv 2205.03644).
 
     Sums over ``every`` batches give one value; the values have a moving average that begins with the first one.
