@@ -19,7 +19,7 @@ from torch import Tensor
 from nnssl.errors import UserError
 from nnssl.trainers.settings import option
 from nnssl.trainers.two_networks import TEACHER, ByName, ClassWeightedMethod, ClassWeightSettings
-from nnssl.training.class_statistics import ClassCounts, ConfidenceBank, absent_as_rarest
+from nnssl.training.class_statistics import ClassCounts, ConfidenceBank, absent_as_rarest, sampling_rate
 from nnssl.training.pseudo_labels import pseudo_label_loss
 
 
@@ -36,12 +36,6 @@ class CLDSettings(ClassWeightSettings):
         super().validate()
         if self.rarity == self.gamma == 0:
             raise UserError("CLD must weigh or sample classes", "rarity=0 gamma=0", None, "train CPSTrainer instead")
-
-
-def sampling_rate(confidence: Tensor, gamma: float = 0.5) -> Tensor:
-    """Return s (C,) in 0..1 of confidences C (C,) in 0..1: 1 for the least known class, lower for better known ones."""
-    doubt = (1 - confidence).clamp_min(0)
-    return (doubt / doubt.max().clamp_min(1e-12)) ** gamma
 
 
 class CLDTrainer(ClassWeightedMethod):

@@ -67,7 +67,7 @@ class DHCTrainer(ClassWeightedMethod):
 
     def observe(self, logits: ByName, hard: ByName, valid: Tensor) -> ByName:
         self.distribution.update(self.count(hard["peer"], valid))
-        extremes = {}
+        extremes: ByName = {}
         for name in hard:
             weights = self.class_weights(name)
             extremes |= {f"weight_max_{name}": weights.max(), f"weight_min_{name}": weights.min()}

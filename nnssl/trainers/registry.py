@@ -39,6 +39,15 @@ class TrainerInfo:
 
 #: One entry a trainer, in alphabetical order; a test holds modules, registry and documentation pages together.
 TRAINERS: dict[str, TrainerInfo] = {
+    "ACISISTrainer": TrainerInfo(
+        "nnssl.trainers.acisis",
+        "ACISIS",
+        "Basak et al., MICCAI 2022",
+        "EMA teacher, voxels sampled by how well their class is known",
+        7 / 3,
+        1.3,
+        "the student",
+    ),
     "ACMTTrainer": TrainerInfo(
         "nnssl.trainers.ac_mt",
         "AC-MT",

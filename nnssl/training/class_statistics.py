@@ -41,6 +41,12 @@ def absent_as_rarest(counts: Tensor) -> Tensor:
     return counts.where(counts > 0, rarest)
 
 
+def sampling_rate(confidence: Tensor, exponent: float) -> Tensor:
+    """Return ``((1 - C) / max (1 - C)) ^ exponent`` (C,) of confidences in 0..1: 1 for the least known class."""
+    doubt = (1 - confidence).clamp_min(0)
+    return (doubt / doubt.max().clamp_min(1e-12)) ** exponent
+
+
 class ClassState:
     """Tensors that a checkpoint holds, by the names of their attributes."""
 

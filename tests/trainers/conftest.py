@@ -12,6 +12,7 @@ from nnssl.trainers.registry import trainer_class
 
 #: Small parts, so that a step takes milliseconds.
 TOY_SETTINGS = {
+    "ACISISTrainer": {"window": 2},
     "AdshTrainer": {"threshold": 0.4, "window": 2},
     "BCPTrainer": {"pretrain": 0.0},
     "CLDTrainer": {"bank_every": 2},

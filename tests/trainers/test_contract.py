@@ -27,6 +27,7 @@ SEMI = [name for name in ALL if trainer_class(name).uses_unlabeled]
 BOTH = ("2d", "3d_fullres")
 #: Settings under which a method's predicting network must follow the supervised control bit for bit.
 OFF = {
+    "ACISISTrainer": {"unsupervised_weight": 0},
     "ACMTTrainer": {"unsupervised_weight": 0},
     "AdshTrainer": {"unsupervised_weight": 0},
     "BCPTrainer": {"unsupervised_weight": 0},

@@ -27,6 +27,7 @@ SCRIPT = Path(__file__).parent.parent / "tools" / "gloo_step.py"
         ("DiffCLTrainer", {"q": 128, "k": 8, "p": 16, "unlabeled_batch": 3}),
         ("MeanTeacherTrainer", {"unlabeled_batch": 2}),
         ("ProtoDiffTrainer", {}),
+        ("ACISISTrainer", {"window": 1, "unlabeled_batch": 2}),
         ("AdshTrainer", {"threshold": 0.4, "window": 1, "unlabeled_batch": 2}),
         ("CLDTrainer", {"bank_every": 1, "unlabeled_batch": 2}),
         ("DePLTrainer", {"threshold": 0.4, "unlabeled_batch": 3}),

@@ -7,7 +7,7 @@ from torch.nn import functional
 
 from nnssl.errors import UserError
 from nnssl.trainers.adsh import AdaptiveThresholds
-from nnssl.trainers.cld import CLDSettings, sampling_rate
+from nnssl.trainers.cld import CLDSettings
 from nnssl.trainers.crest import reversed_rank_rate
 from nnssl.trainers.depl import Prior
 from nnssl.trainers.dhc import distribution_weights
@@ -144,12 +144,6 @@ def test_dhc_biases_the_first_network_by_difficulty_and_the_second_by_distributi
 
 
 # ----------------------------------------------------------------------------------------------------------- CLD
-def test_cld_samples_the_least_known_class_always_and_a_perfect_one_never():
-    assert sampling_rate(torch.tensor([1.0, 0.2, 0.8])).tolist() == pytest.approx([0.0, 1.0, 0.5])
-    assert sampling_rate(torch.ones(2)).tolist() == [0, 0]
-    assert sampling_rate(torch.zeros(2)).tolist() == [1, 1]
-
-
 def test_cld_weighs_by_rarity_and_drops_by_the_learners_own_class(build):
     trainer = build("CLDTrainer")
     logits, hard, valid = scene(trainer)

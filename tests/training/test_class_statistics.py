@@ -9,6 +9,7 @@ from nnssl.training.class_statistics import (
     ConfidenceBank,
     absent_as_rarest,
     count_classes,
+    sampling_rate,
 )
 
 SERIES = [torch.tensor(row) for row in ([80.0, 15.0, 5.0], [50.0, 40.0, 10.0], [70.0, 0.0, 30.0], [90.0, 6.0, 4.0])]
@@ -34,6 +35,12 @@ def test_ignored_and_invalid_voxels_count_for_no_class():
 def test_an_absent_class_is_taken_for_the_rarest_present_one():
     assert absent_as_rarest(torch.tensor([7.0, 0.0, 3.0])).tolist() == [7, 3, 3]
     assert absent_as_rarest(torch.zeros(3)).tolist() == [1, 1, 1]
+
+
+def test_the_least_known_class_is_always_sampled_and_a_perfect_one_never():
+    assert sampling_rate(torch.tensor([1.0, 0.2, 0.8]), 0.5).tolist() == pytest.approx([0.0, 1.0, 0.5])
+    assert sampling_rate(torch.ones(2), 0.5).tolist() == [0, 0]
+    assert sampling_rate(torch.zeros(2), 2.5).tolist() == [1, 1]
 
 
 def test_weights_average_over_the_batches_that_hold_a_class():

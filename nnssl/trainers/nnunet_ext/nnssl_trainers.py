@@ -5,6 +5,7 @@ for each class, so that look-ups agree and objects pickle.
 """
 
 from nnssl.trainers.ac_mt import ACMTTrainer
+from nnssl.trainers.acisis import ACISISTrainer
 from nnssl.trainers.adsh import AdshTrainer
 from nnssl.trainers.bcp import BCPTrainer
 from nnssl.trainers.cld import CLDTrainer
@@ -26,6 +27,7 @@ from nnssl.trainers.ua_mt import UAMTTrainer
 from nnssl.trainers.urpc import URPCTrainer
 
 __all__ = [
+    "ACISISTrainer",
     "ACMTTrainer",
     "AdshTrainer",
     "BCPTrainer",
