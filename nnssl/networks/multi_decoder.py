@@ -6,7 +6,7 @@ The network of MC-Net (Wu et al., MICCAI 2021, arXiv 2103.02911) and MC-Net+ (Me
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -62,20 +62,47 @@ class MultiDecoderUNet(PlannedUNet):
                 self.auxiliary.append(decoder)
 
     def forward(
-        self, x: Tensor, t: Tensor | None = None, features: bool = False, every: bool = False
+        self,
+        x: Tensor,
+        t: Tensor | None = None,
+        features: bool = False,
+        every: bool = False,
+        gradients: Mapping[int, Tensor] | None = None,
     ) -> Tensor | list[Tensor] | tuple[Tensor | list[Tensor], Tensor] | list[Tensor | list[Tensor]]:
-        """Return the planned decoder's output, or with ``every`` a list of the outputs of all decoders, it first.
+        """Return the planned decoder's output, or a list of the outputs of all decoders or some of them, it first.
 
         Args:
             x: input, (b, channels, *spatial).
             t: as in `PlannedUNet`.
             features: as in `PlannedUNet`.
-            every: run the auxiliary decoders too.
+            every: run all decoders.
+            gradients: run these decoders, 0 the planned one, and multiply the gradient that each sends to the encoder
+                by its factor, a scalar tensor; a negative one reverses it.
         """
-        if not every:
+        if not every and gradients is None:
             return super().forward(x, t, features)
         skips, deep = self._encode(x, None), self.decoder.deep_supervision
-        return [run_decoder(decoder, skips, None, deep)[0] for decoder in (self.decoder, *self.auxiliary)]
+        decoders = (self.decoder, *self.auxiliary)
+        if gradients is None:
+            return [run_decoder(decoder, skips, None, deep)[0] for decoder in decoders]
+        return [
+            run_decoder(decoders[i], [_ScaleGradient.apply(skip, factor) for skip in skips], None, deep)[0]
+            for i, factor in gradients.items()
+        ]
+
+
+class _ScaleGradient(torch.autograd.Function):
+    """The identity, whose gradient is multiplied by a constant factor."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factor: Tensor) -> Tensor:
+        ctx.save_for_backward(factor)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (factor,) = ctx.saved_tensors
+        return gradient * factor.to(gradient.dtype), None
 
 
 def _upsampling(transposed: nn.Module, mode: str, ndim: int) -> nn.Module:

@@ -111,6 +111,15 @@ TRAINERS: dict[str, TrainerInfo] = {
         2.2,
         "the first network",
     ),
+    "DSTTrainer": TrainerInfo(
+        "nnssl.trainers.dst",
+        "DST",
+        "Chen et al., NeurIPS 2022",
+        "one encoder, decoders for labels, pseudo-labels and the worst case",
+        3.5,
+        1.6,
+        "the encoder and the first decoder",
+    ),
     "DePLTrainer": TrainerInfo(
         "nnssl.trainers.depl",
         "DePL",

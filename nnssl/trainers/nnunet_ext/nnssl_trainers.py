@@ -15,6 +15,7 @@ from nnssl.trainers.depl import DePLTrainer
 from nnssl.trainers.dhc import DHCTrainer
 from nnssl.trainers.diffcl import DiffCLTrainer
 from nnssl.trainers.diffrect import DiffRectTrainer
+from nnssl.trainers.dst import DSTTrainer
 from nnssl.trainers.fixmatch import FixMatchTrainer
 from nnssl.trainers.generic_ssl import GenericSSLTrainer
 from nnssl.trainers.ict import ICTTrainer
@@ -35,6 +36,7 @@ __all__ = [
     "CPSTrainer",
     "CReSTTrainer",
     "DHCTrainer",
+    "DSTTrainer",
     "DePLTrainer",
     "DiffCLTrainer",
     "DiffRectTrainer",
