@@ -106,7 +106,8 @@ class AdshTrainer(TwoNetworkMethod):
             confidence, limits = self.label_space.confidence(probs), self.thresholds[name].value
             self.thresholds[name].update(hard[name], confidence, valid, self.is_ddp)
             self.kept[name] = valid & (confidence >= limits[hard[name]])
-            self.given[name] = probs > limits.view(1, -1, *[1] * (z.ndim - 2))
+            if self.settings.rejected == "zero_logits":
+                self.given[name] = probs > limits.view(1, -1, *[1] * (z.ndim - 2))
         limits = self.thresholds["peer"].value
         share = self.kept["peer"].sum() / valid.sum().clamp_min(1)
         return {"kept": share, "threshold_max": limits.max(), "threshold_min": limits.min()}
