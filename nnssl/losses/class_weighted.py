@@ -62,3 +62,23 @@ def class_weighted_loss(
     if mask is not None:
         dice = dice * inside.any()
     return ce - (weights[first:] * dice).mean()
+
+
+@torch.no_grad()
+def voxel_weights(weights: Tensor, label: Tensor, valid: Tensor) -> Tensor:
+    """Return ``W_y / mean W_y`` for the label y of each voxel, the mean over valid voxels.
+
+    The mean over voxels of a loss times these is ``sum W_y loss / sum W_y``. Where every label has weight 0 the
+    result is 0.
+
+    Args:
+        weights: W (C,), at least 0.
+        label: integer map (b, 1, ...) in 0..C-1 where valid.
+        valid: bool (b, 1, ...), True where a voxel counts.
+
+    Returns:
+        (b, 1, ...); 0 where a voxel does not count.
+    """
+    own = weights[label.where(valid, label.new_zeros(())).long()] * valid
+    mean = own.sum() / valid.sum().clamp_min(1)
+    return own / mean.clamp_min(SMALLEST_DENOMINATOR)

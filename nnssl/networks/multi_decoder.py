@@ -6,7 +6,7 @@ The network of MC-Net (Wu et al., MICCAI 2021, arXiv 2103.02911) and MC-Net+ (Me
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -61,20 +61,50 @@ class MultiDecoderUNet(PlannedUNet):
                     decoder.transpconvs = nn.ModuleList(upsampling_like(up, mode, ndim) for up in decoder.transpconvs)
                 self.auxiliary.append(decoder)
 
-    def forward(self, x: Tensor, t: Tensor | None = None, features: bool = False, every: bool = False) -> Any:
-        """Return the planned decoder's output, or with ``every`` a list of the outputs of all decoders, it first.
+    def forward(
+        self,
+        x: Tensor,
+        t: Tensor | None = None,
+        features: bool = False,
+        every: bool = False,
+        gradients: Mapping[int, Tensor] | None = None,
+    ) -> Any:
+        """Return the planned decoder's output, or a list of the outputs of all decoders or some of them, it first.
 
         Args:
             x: input, (b, channels, *spatial).
             t: as in `PlannedUNet`.
-            features: as in `PlannedUNet`, with ``every`` of each decoder: a list of pairs (output, features).
-            every: run the auxiliary decoders too.
+            features: as in `PlannedUNet`, of each decoder that runs: a list of pairs (output, features).
+            every: run all decoders.
+            gradients: run these decoders, 0 the planned one, and multiply the gradient that each sends to the encoder
+                by its factor, a scalar tensor; a negative one reverses it.
         """
-        if not every:
+        if not every and gradients is None:
             return super().forward(x, t, features)
         skips, deep = self._encode(x, None), self.decoder.deep_supervision
-        pairs = [run_decoder(decoder, skips, None, deep) for decoder in (self.decoder, *self.auxiliary)]
+        decoders = (self.decoder, *self.auxiliary)
+        if gradients is None:
+            pairs = [run_decoder(decoder, skips, None, deep) for decoder in decoders]
+        else:
+            pairs = [
+                run_decoder(decoders[i], [_ScaleGradient.apply(skip, factor) for skip in skips], None, deep)
+                for i, factor in gradients.items()
+            ]
         return pairs if features else [output for output, _ in pairs]
+
+
+class _ScaleGradient(torch.autograd.Function):
+    """The identity, whose gradient is multiplied by a constant factor."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factor: Tensor) -> Tensor:
+        ctx.save_for_backward(factor)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (factor,) = ctx.saved_tensors
+        return gradient * factor.to(gradient.dtype), None
 
 
 def upsampling_like(transposed: nn.Module, mode: str, ndim: int) -> nn.Module:

@@ -21,13 +21,13 @@ from nnssl.data.svda import svda_unlabeled, svda_views
 from nnssl.diffusion.process import q_sample
 from nnssl.diffusion.samplers import ddim_sample
 from nnssl.diffusion.schedule import NoiseSchedule
-from nnssl.losses.class_weighted import class_weighted_loss
 from nnssl.losses.segmentation import dice_and_cross_entropy
 from nnssl.networks.diff_vnet import DecoderModes
 from nnssl.trainers.base import SemiSupervisedTrainer, full_resolution
 from nnssl.trainers.generic_ssl_settings import GenericSSLSettings, network_architecture
 from nnssl.trainers.settings import Settings
 from nnssl.trainers.stepping import LossGroup, unwrap
+from nnssl.trainers.weighted_supervision import class_weighted_supervision
 from nnssl.training.difficulty import Difficulty, count_voxels
 from nnssl.training.reparameterize import log_probabilities, reparameterize_and_smooth
 from nnssl.training.transfer import blend
@@ -137,26 +137,9 @@ class GenericSSLTrainer(SemiSupervisedTrainer):
         if not s.drs:
             return LossGroup({"loss_supervised_difficulty": self.supervised_loss(output, batch["target"])}, step)
         weights = self.difficulty.weights()
-        levels = zip(output, batch["target"], strict=True) if isinstance(output, list) else [(output, batch["target"])]
-        factors = getattr(self.loss, "weight_factors", (1.0,))
-        loss = sum(
-            factor * self._weighted(logits, full_resolution(target), weights)
-            for factor, (logits, target) in zip(factors, levels, strict=True)
-            if factor != 0
-        )
+        loss = class_weighted_supervision(self, output, batch["target"], weights, s.drs_background)
         extremes = {"weight_max": weights.max(), "weight_min": weights.min()}
-        return LossGroup({"loss_supervised_difficulty": torch.as_tensor(loss)}, step, extremes)
-
-    def _weighted(self, logits: Tensor, target: Tensor, weights: Tensor) -> Tensor:
-        """Return nnU-Net's loss with class weights."""
-        return class_weighted_loss(
-            logits,
-            target,
-            weights,
-            self.label_space.valid(target),
-            include_background=self.settings.drs_background,
-            batch_dice=self.configuration_manager.batch_dice,
-        )
+        return LossGroup({"loss_supervised_difficulty": loss}, step, extremes)
 
     def _measure(self, logits: Tensor, truth: Tensor) -> None:
         """Tell DRS the Dice of this batch."""

@@ -24,6 +24,10 @@ class OneNetworkMethod(SemiSupervisedTrainer):
     settings_class = UnsupervisedSettings
     settings: UnsupervisedSettings
 
+    def labeled_loss(self, output: Any, target: Any) -> Tensor:
+        """Return the loss of the labeled batch; not asked where the method is off (see ``compute_losses``)."""
+        return self.supervised_loss(output, target)
+
     def unsupervised_losses(self, unlabeled: dict[str, Any]) -> LossGroup:
         """Return the method's terms on an unlabeled batch, without the weight of the schedule."""
         raise NotImplementedError(f"{type(self).__name__} must implement unsupervised_losses")
@@ -33,7 +37,9 @@ class OneNetworkMethod(SemiSupervisedTrainer):
         weight = self.settings.unsupervised(self.fraction)
         unlabeled = batch.get("unlabeled")
         alone = unlabeled is None or weight == 0
-        loss = self.supervised_loss(self.network(batch["data"]), batch["target"])
+        off = unlabeled is None or self.settings.unsupervised_weight == 0
+        labeled_loss = self.supervised_loss if off else self.labeled_loss
+        loss = labeled_loss(self.network(batch["data"]), batch["target"])
         yield LossGroup({"loss_supervised": loss}, step=("network",) if alone else ())
         if unlabeled is None or alone:
             return

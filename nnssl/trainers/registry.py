@@ -39,6 +39,15 @@ class TrainerInfo:
 
 #: One entry a trainer, in alphabetical order; a test holds modules, registry and documentation pages together.
 TRAINERS: dict[str, TrainerInfo] = {
+    "ACISISTrainer": TrainerInfo(
+        "nnssl.trainers.acisis",
+        "ACISIS",
+        "Basak et al., MICCAI 2022",
+        "EMA teacher, voxels sampled by how well their class is known",
+        7 / 3,
+        1.3,
+        "the student",
+    ),
     "ACMTTrainer": TrainerInfo(
         "nnssl.trainers.ac_mt",
         "AC-MT",
@@ -47,6 +56,15 @@ TRAINERS: dict[str, TrainerInfo] = {
         7 / 3,
         1.3,
         "the student",
+    ),
+    "AdshTrainer": TrainerInfo(
+        "nnssl.trainers.adsh",
+        "Adsh",
+        "Guo and Li, ICML 2022",
+        "two peers, thresholds of classes",
+        4.0,
+        2.2,
+        "the first network",
     ),
     "BCPTrainer": TrainerInfo(
         "nnssl.trainers.bcp",
@@ -66,6 +84,15 @@ TRAINERS: dict[str, TrainerInfo] = {
         4.0,
         "the vanilla network",
     ),
+    "CLDTrainer": TrainerInfo(
+        "nnssl.trainers.cld",
+        "CLD",
+        "Lin et al., MICCAI 2022",
+        "two peers, rarity weights, sampling by confidence",
+        4.0,
+        2.2,
+        "the first network",
+    ),
     "CPSTrainer": TrainerInfo(
         "nnssl.trainers.cps",
         "Cross pseudo supervision",
@@ -75,6 +102,33 @@ TRAINERS: dict[str, TrainerInfo] = {
         2.2,
         "the first network",
     ),
+    "CReSTTrainer": TrainerInfo(
+        "nnssl.trainers.crest",
+        "CReST",
+        "Wei et al., CVPR 2021",
+        "two peers, classes weigh by reversed rank",
+        4.0,
+        2.2,
+        "the first network",
+    ),
+    "DHCTrainer": TrainerInfo(
+        "nnssl.trainers.dhc",
+        "DHC",
+        "Wang and Li, MICCAI 2023",
+        "two peers, weights by difficulty and by distribution",
+        4.0,
+        2.2,
+        "the first network",
+    ),
+    "DSTTrainer": TrainerInfo(
+        "nnssl.trainers.dst",
+        "DST",
+        "Chen et al., NeurIPS 2022",
+        "one encoder, decoders for labels, pseudo-labels and the worst case",
+        3.5,
+        1.6,
+        "the encoder and the first decoder",
+    ),
     "DTCTrainer": TrainerInfo(
         "nnssl.trainers.dtc",
         "DTC",
@@ -83,6 +137,15 @@ TRAINERS: dict[str, TrainerInfo] = {
         2.0,
         1.1,
         "the network (the distance head lies beside it)",
+    ),
+    "DePLTrainer": TrainerInfo(
+        "nnssl.trainers.depl",
+        "DePL",
+        "Wang et al., CVPR 2022",
+        "two peers, debiased pseudo-labels",
+        4.0,
+        2.2,
+        "the first network",
     ),
     "DiffCLTrainer": TrainerInfo(
         "nnssl.trainers.diffcl",
@@ -182,6 +245,15 @@ TRAINERS: dict[str, TrainerInfo] = {
         16 / 3,
         2.0,
         "the network (its heads lie beside it)",
+    ),
+    "SimiSTrainer": TrainerInfo(
+        "nnssl.trainers.simis",
+        "SimiS",
+        "Chen et al., arXiv 2211.11086",
+        "two peers, classes weigh by what they lack",
+        4.0,
+        2.2,
+        "the first network",
     ),
     "SupervisedTrainer": TrainerInfo(
         "nnssl.trainers.supervised",

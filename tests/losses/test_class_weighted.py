@@ -6,7 +6,8 @@ import torch
 from nnunetv2.training.loss.compound_losses import DC_and_CE_loss
 from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
 
-from nnssl.losses.class_weighted import class_weighted_loss
+from nnssl.losses.class_weighted import class_weighted_loss, voxel_weights
+from nnssl.losses.segmentation import cross_entropy
 
 IGNORE = 4
 
@@ -95,3 +96,19 @@ def test_shapes_are_checked():
     logits, target, _ = scene()
     with pytest.raises(ValueError, match="3 weights"):
         class_weighted_loss(logits, target, torch.ones(3))
+
+
+@pytest.mark.parametrize("ignored", [False, True])
+def test_weights_of_voxels_make_the_mean_a_weighted_one(ignored):
+    logits, target, valid = scene(ignored=ignored)
+    valid = torch.ones_like(target, dtype=torch.bool) if valid is None else valid
+    weights = torch.tensor([0.0, 1.0, 2.5, 0.5])
+    got = cross_entropy(logits, target, valid, voxel_weights(weights, target, valid))
+    expected = torch.nn.functional.cross_entropy(logits, target[:, 0], weights, ignore_index=IGNORE)
+    assert got.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_labels_without_weight_or_voxels_that_do_not_count_give_zero():
+    label, valid = torch.zeros(1, 1, 4, dtype=torch.int64), torch.ones(1, 1, 4, dtype=torch.bool)
+    assert voxel_weights(torch.tensor([0.0, 1.0]), label, valid).tolist() == [[[0, 0, 0, 0]]]
+    assert voxel_weights(torch.tensor([2.0, 1.0]), label, ~valid).tolist() == [[[0, 0, 0, 0]]]

@@ -10,6 +10,7 @@ from torch import nn
 
 from nnssl.trainers.launch import Job, read_plans
 from nnssl.trainers.registry import trainer_class
+from nnssl.training.class_statistics import ClassState
 
 
 def main() -> None:
@@ -29,11 +30,12 @@ def main() -> None:
         trainer.train_step(batch)
     networks = {"network": trainer.network} | {n: p.module for n, p in trainer.partners.items()}
     unlabeled = batches[0].get("unlabeled")
+    kept = (nn.Module, ClassState)  # what every rank must know alike
     record = {
         "weights": {n: [p.detach().clone() for p in m.parameters()] for n, m in networks.items()},
         "guidance": trainer.modules["tau"].state_dict() if "tau" in trainer.modules else {},
         "data": batches[0]["data"],
-        "modules": {n: list(m.state_dict().values()) for n, m in trainer.modules.items() if isinstance(m, nn.Module)},
+        "modules": {n: list(m.state_dict().values()) for n, m in trainer.modules.items() if isinstance(m, kept)},
         "sizes": [len(batches[0]["data"]), 0 if unlabeled is None else len(unlabeled["strong"])],
     }
     torch.save(record, out / f"rank{dist.get_rank()}.pt")

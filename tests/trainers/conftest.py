@@ -12,7 +12,12 @@ from nnssl.trainers.registry import trainer_class
 
 #: Small parts, so that a step takes milliseconds.
 TOY_SETTINGS = {
+    "ACISISTrainer": {"window": 2},
+    "AdshTrainer": {"threshold": 0.4, "window": 2},
     "BCPTrainer": {"pretrain": 0.0},
+    "CLDTrainer": {"bank_every": 2},
+    "DSTTrainer": {"threshold": 0.4},
+    "DePLTrainer": {"threshold": 0.4},
     "DiffCLTrainer": {"q": 512, "k": 8, "p": 32, "projection_dim": 8, "bank_capacity": 64, "trust": False},
     "DiffRectTrainer": {"pl_threshold": 0, "rect_start": 0, "rectifier_width": 4},
     "FixMatchTrainer": {"threshold": 0.4},

@@ -27,18 +27,25 @@ SEMI = [name for name in ALL if trainer_class(name).uses_unlabeled]
 BOTH = ("2d", "3d_fullres")
 #: Settings under which a method's predicting network must follow the supervised control bit for bit.
 OFF = {
+    "ACISISTrainer": {"unsupervised_weight": 0},
     "ACMTTrainer": {"unsupervised_weight": 0},
+    "AdshTrainer": {"unsupervised_weight": 0},
     "BCPTrainer": {"unsupervised_weight": 0},
     "CAMLTrainer": {"unsupervised_weight": 0},
     "MeanTeacherTrainer": {"unsupervised_weight": 0},
     "CPSTrainer": {"unsupervised_weight": 0},
     "DTCTrainer": {"unsupervised_weight": 0},
+    "CLDTrainer": {"unsupervised_weight": 0},
+    "CReSTTrainer": {"unsupervised_weight": 0},
+    "DHCTrainer": {"unsupervised_weight": 0},
+    "DePLTrainer": {"unsupervised_weight": 0},
     "DiffCLTrainer": {"mu_d": 0, "mu_c": 0, "hfm": False},
     "DiffRectTrainer": {"unsupervised_weight": 0, "rect_weight": 0},
     "FixMatchTrainer": {"unsupervised_weight": 0},
     "ICTTrainer": {"unsupervised_weight": 0},
     "SASSNetTrainer": {"unsupervised_weight": 0},
     "SSNetTrainer": {"unsupervised_weight": 0},
+    "SimiSTrainer": {"unsupervised_weight": 0},
     "UAMTTrainer": {"unsupervised_weight": 0, "dropout": 0},
     "URPCTrainer": {"unsupervised_weight": 0},
 }

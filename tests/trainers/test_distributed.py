@@ -28,6 +28,10 @@ SCRIPT = Path(__file__).parent.parent / "tools" / "gloo_step.py"
         ("MeanTeacherTrainer", {"unlabeled_batch": 2}),
         ("ProtoDiffTrainer", {}),
         ("SASSNetTrainer", {"unlabeled_batch": 2, "adversary_width": 4}),
+        ("ACISISTrainer", {"window": 1, "unlabeled_batch": 2}),
+        ("AdshTrainer", {"threshold": 0.4, "window": 1, "unlabeled_batch": 2}),
+        ("CLDTrainer", {"bank_every": 1, "unlabeled_batch": 2}),
+        ("DePLTrainer", {"threshold": 0.4, "unlabeled_batch": 3}),
         ("GenericSSLTrainer", {"unlabeled_batch": 2, "unsupervised_schedule": "constant", "joint": False}),
         (
             "DiffRectTrainer",
