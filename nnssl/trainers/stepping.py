@@ -145,9 +145,7 @@ class StepRunner:
             # The graph must be gone before the method builds its next group.
             group.terms.clear()
             del total
-            for name in group.step:
-                self._step(self.optimizers[name])
-            if group.step:
+            if any([self._step(self.optimizers[name]) for name in group.step]):  # a list: every one of them steps
                 due = self.scaler is not None and not self._update_scale()
                 torch.clear_autocast_cache()  # a method may run a network again after its step
         if due:
@@ -161,10 +159,13 @@ class StepRunner:
         self.scaler.update()
         return True
 
-    def _step(self, optimizer: torch.optim.Optimizer) -> None:
+    def _step(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Step an optimizer and return True; without any gradient leave it alone, since a scaler would refuse it."""
         parameters = parameters_of(optimizer)
         if self.distributed:  # before unscaling, so that every rank finds the same infinities and skips the same step
             average_gradients(parameters)
+        if all(p.grad is None for p in parameters):
+            return False
         if self.scaler is not None:
             self.scaler.unscale_(optimizer)
         nn.utils.clip_grad_norm_(parameters, self.max_norm)
@@ -173,3 +174,4 @@ class StepRunner:
         else:
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)  # a method may step the same network again
+        return True

@@ -48,6 +48,18 @@ def test_gradients_are_averaged_over_ranks_and_what_no_rank_has_stays_absent(mon
     assert nowhere.grad is None
 
 
+@pytest.mark.parametrize("alone", [True, False])
+def test_an_optimizer_without_gradient_does_not_stop_the_scaler(alone):
+    """A network may have nothing to learn from a batch; torch's scaler raises where no gradient was checked."""
+    idle, learning = torch.nn.Parameter(torch.ones(1)), torch.nn.Parameter(torch.ones(1))
+    optimizers = {"idle": torch.optim.SGD([idle], 0.1), "learning": torch.optim.SGD([learning], 0.1)}
+    runner = StepRunner(optimizers, torch.amp.GradScaler("cpu", init_scale=4.0), False)
+    constant = LossGroup({"nothing": torch.zeros(())}, step=("idle",))
+    runner.run([constant] if alone else [constant, LossGroup({"loss": learning.sum()}, step=("learning",))])
+    assert idle.item() == 1
+    assert learning.item() == pytest.approx(1.0 if alone else 0.9)
+
+
 def test_backward_runs_outside_autocast():
     """A part that computes in single precision must get its gradient in single precision too."""
     torch.manual_seed(0)
