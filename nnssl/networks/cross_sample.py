@@ -12,7 +12,7 @@ from dynamic_network_architectures.building_blocks.helper import convert_conv_op
 from torch import Tensor, nn
 
 from nnssl.networks.multi_decoder import upsampling_like
-from nnssl.networks.planned import Modulation, PlannedUNet, run_stage, stem_of
+from nnssl.networks.planned import PlannedUNet
 
 #: Most heads of the attention, its dropout, and the widening of its perceptron.
 HEADS, DROPOUT, WIDENING = 4, 0.5, 4
@@ -60,13 +60,5 @@ class CrossSampleUNet(PlannedUNet):
         self.attended = len(self.encoder.stages) - 2
         self.attention = CrossSampleAttention(self.encoder.output_channels[self.attended])
 
-    def _encode(self, x: Tensor, modulation: Modulation | None) -> list[Tensor]:
-        stem, skips = stem_of(self.encoder), []
-        if stem is not None:
-            x = run_stage(stem, x, modulation)
-        for index, stage in enumerate(self.encoder.stages):
-            x = run_stage(stage, x, modulation)
-            if index == self.attended and self.training:
-                x = self.attention(x)
-            skips.append(x)
-        return skips
+    def _after_stage(self, index: int, x: Tensor) -> Tensor:
+        return self.attention(x) if index == self.attended and self.training else super()._after_stage(index, x)

@@ -97,14 +97,17 @@ class PlannedUNet(nn.Module):
             raise ValueError("a time step was given to a network that was built without conditioning")
         return Modulation(self.time_embedding(t), iter(list(self.films)))  # a list: dynamo cannot walk modules
 
+    def _after_stage(self, index: int, x: Tensor) -> Tensor:
+        """Return what goes on from an encoder stage's output, as skip and into the next stage."""
+        return self.hfm[str(index)](x) if str(index) in self.hfm else x
+
     def _encode(self, x: Tensor, modulation: Modulation | None) -> list[Tensor]:
         stem, skips = stem_of(self.encoder), []
         if stem is not None:
             x = run_stage(stem, x, modulation)
         for index, stage in enumerate(self.encoder.stages):
             x = run_stage(stage, x, modulation)
-            if str(index) in self.hfm:
-                x = self.hfm[str(index)](x)
+            x = self._after_stage(index, x)
             skips.append(x)
         return skips
 

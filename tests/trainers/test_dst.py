@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from nnssl_test_tools import same, weights
+from nnssl_test_tools import same
 from torch.nn import functional
 
 from nnssl.trainers.dst import MAIN, PSEUDO, WORST, wrong_on
@@ -14,19 +14,6 @@ def decoders(trainer):
 
 def gradients(module):
     return [p.grad.clone() for p in module.parameters() if p.grad is not None]
-
-
-@pytest.mark.parametrize("configuration", ["2d", "3d_fullres"])
-def test_weight_zero_trains_the_first_decoder_as_the_control(build, configuration):
-    method = build("DSTTrainer", configuration, {"unsupervised_weight": 0})
-    control = build("SupervisedTrainer", configuration)
-    before = weights(method.network.auxiliary)
-    for trainer in (method, control):
-        for _ in range(3):
-            trainer.train_step(next(trainer.dataloader_train))
-    for part in ("encoder", "decoder"):
-        assert same(weights(getattr(method.network, part)), weights(getattr(control.network, part)))
-    assert same(before, weights(method.network.auxiliary))
 
 
 def test_the_worst_case_is_the_logarithm_of_the_rest():

@@ -7,19 +7,6 @@ from nnssl_test_tools import same, weights
 from nnssl.losses.consistency import mutual_consistency
 
 
-@pytest.mark.parametrize("configuration", ["2d", "3d_fullres"])
-def test_weight_zero_trains_the_first_decoder_as_the_control(build, configuration):
-    method = build("MCNetTrainer", configuration, {"unsupervised_weight": 0, "decoders": 3})
-    control = build("SupervisedTrainer", configuration)
-    before = weights(method.network.auxiliary)
-    for trainer in (method, control):
-        for _ in range(3):
-            trainer.train_step(next(trainer.dataloader_train))
-    for part in ("encoder", "decoder"):
-        assert same(weights(getattr(method.network, part)), weights(getattr(control.network, part)))
-    assert same(before, weights(method.network.auxiliary))
-
-
 @pytest.mark.parametrize("decoders", [2, 3])
 def test_the_terms_are_the_formula(build, decoders):
     settings = {"decoders": decoders, "unsupervised_schedule": "constant", "unlabeled_batch": 3}

@@ -85,19 +85,6 @@ def test_published_cross_entropy_takes_probabilities_for_logits():
     assert published.item() != mutual_loss(SPACE, learner, peer, valid, False).item()
 
 
-@pytest.mark.parametrize("configuration", ["2d", "3d_fullres"])
-def test_weight_zero_trains_the_first_decoder_as_the_control(build, configuration):
-    method = build("MLRPLTrainer", configuration, {"unsupervised_weight": 0})
-    control = build("SupervisedTrainer", configuration)
-    before = weights(method.network.auxiliary)
-    for trainer in (method, control):
-        for _ in range(3):
-            trainer.train_step(next(trainer.dataloader_train))
-    for part in ("encoder", "decoder"):
-        assert same(weights(getattr(method.network, part)), weights(getattr(control.network, part)))
-    assert same(before, weights(method.network.auxiliary))
-
-
 def test_both_directions_and_both_batches_count(build):
     """With all voxels valid the step's terms are the two losses of both decoders on either batch."""
     trainer = build("MLRPLTrainer", settings={"unsupervised_schedule": "constant", "unlabeled_batch": 3})
