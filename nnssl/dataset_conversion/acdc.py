@@ -32,6 +32,7 @@ class ACDC(Converter):
     LABELS = {"background": 0, "RV": 1, "MYO": 2, "LV": 3}
     PATIENT_PATTERN = r"(patient\d+)_"
     PUBLISHED = "acdc.json"
+    PAGE = "acdc"
 
     def detect(self, source: Path) -> str | None:
         if _find(source, _SCAN, "patient*/"):

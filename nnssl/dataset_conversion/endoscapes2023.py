@@ -51,6 +51,7 @@ class Endoscapes2023(Converter):
     FILE_ENDING = ".png"
     PATIENT_PATTERN = r"^(\d+)_"
     PUBLISHED = "endoscapes2023.json"
+    PAGE = "endoscapes2023"
 
     def detect(self, source: Path) -> str | None:
         return "Seg50" if _root(source) else None

@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nnssl.dataset_conversion.base import Case, RawDatasetWriter, Source, check_domains
+from nnssl.dataset_conversion.base import Case, Source
 from nnssl.dataset_conversion.labels import label_names
+from nnssl.dataset_conversion.writer import RawDatasetWriter, check_domains
 from nnssl.errors import UserError
 from nnssl.imageio import ENDINGS, ImageReadError, read_array, split_ending
 from nnssl.plans.domains import Domains, channels_by_themselves

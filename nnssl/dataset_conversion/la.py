@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from nnssl.dataset_conversion.base import Case, Converter, Source, below_test_folder
+from nnssl.dataset_conversion.crop import LabelCrop
 from nnssl.dataset_conversion.h5 import h5_sources
-from nnssl.imageio import ImageReadError, read_image
+from nnssl.dataset_conversion.volumes import as_classes
+from nnssl.imageio import read_image
 
 _SPACING = (0.625, 0.625, 0.625)  # mm, as the challenge states it
 _FILES = {"challenge": "lgemri.nrrd", "UA-MT": "mri_norm2.h5"}
@@ -30,6 +30,12 @@ class LA(Converter):
     EXPECTED = {"challenge": {"imagesTr": 100, "imagesTs": 54}, "UA-MT": {"imagesTr": 100}}
     LABELS = {"background": 0, "left_atrium": 1}
     PUBLISHED = "la.json"
+    PAGE = "la"
+    CROPS = {
+        "challenge": LabelCrop(
+            (9.375, 9.375, None), "mm", 70, "UA-MT's has a random margin of 10 to 19 voxels a side, here it is 15"
+        ),
+    }
 
     def detect(self, source: Path) -> str | None:
         return next((layout for layout, name in _FILES.items() if _files(source, name)), None)
@@ -65,14 +71,12 @@ def read_scan(path: Path) -> Any:
 
 
 def read_mask(path: Path) -> Any:
-    """Read a mask of 0 and 255 as 0 and 1, on the grid of :func:`read_scan`."""
-    import SimpleITK as sitk
+    """Read a mask of 0 and 255 as 0 and 1, on the grid of :func:`read_scan`.
 
-    image = read_scan(path)
-    values = set(np.unique(sitk.GetArrayViewFromImage(image)).tolist())
-    if not values <= {0, 1, 255}:
-        raise ImageReadError(f"values {sorted(values)}; 0 and 255 are expected")
-    return sitk.Cast(image > 0, sitk.sitkUInt8)
+    Raises:
+        ImageReadError: if a voxel has another value.
+    """
+    return as_classes(read_scan(path), {0: 0, 1: 1, 255: 1})
 
 
 def _files(source: Path, name: str) -> list[Path]:

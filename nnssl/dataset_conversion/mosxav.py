@@ -42,6 +42,7 @@ class MOSXAV(Converter):
     FILE_ENDING = ".png"
     PATIENT_PATTERN = r"^(t[ve]_[^_]+)_"
     PUBLISHED = "mosxav.json"
+    PAGE = "mosxav"
 
     def detect(self, source: Path) -> str | None:
         return "frames" if _root(source) else None

@@ -14,9 +14,10 @@ from math import ceil
 from pathlib import Path
 from typing import Any, Literal
 
-from nnssl.dataset_conversion.base import Case, RawDatasetWriter, Source, write_json
+from nnssl.dataset_conversion.base import Case, Source
 from nnssl.dataset_conversion.labels import label_names, merged_names
 from nnssl.dataset_conversion.published import Protocol, find_protocol
+from nnssl.dataset_conversion.writer import RawDatasetWriter, write_json
 from nnssl.errors import UserError, nearest
 from nnssl.layout import IMAGE_FOLDERS, RawDataset
 from nnssl.plans.domains import DOMAIN_KEYS, Domains, channels_by_themselves
@@ -109,6 +110,8 @@ def choose_cases(source: RawDataset, request: SubsetRequest) -> Selection:
     index = _Index(source)
     unseen = _unseen_cases(index, request)
     protocol = find_protocol(request.published, source.folder) if request.published else None
+    if protocol:
+        _say_what_is_special(protocol)
     val = _held_out(index, "imagesVal", request.val_ids, protocol.val if protocol else None)
     if request.val_ids is None:
         val = [case for case in val if case not in unseen]
@@ -236,6 +239,14 @@ def _say_watched_labels(index: _Index, request: SubsetRequest, val: list[str]) -
         return
     if others := sorted({index.domains.of_case[case] for case in val} - set(request.labeled_domains)):
         text = f"imagesVal holds labeled cases of {', '.join(others)}: they are watched; choose no setting by them"
+        warnings.warn(text, stacklevel=4)
+
+
+def _say_what_is_special(protocol: Protocol) -> None:
+    if protocol.ours:
+        warnings.warn(f"the lists of {protocol.name} are nnssl's own, since none were published", stacklevel=4)
+    if protocol.withdrawn:
+        text = f"{protocol.name} leaves out what was withdrawn since its publication: {listed(protocol.withdrawn)}"
         warnings.warn(text, stacklevel=4)
 
 
@@ -383,7 +394,10 @@ def _record(source: RawDataset, request: SubsetRequest, selection: Selection, co
         record["unseen_domains"] = list(request.unseen_domains)
     if request.published:
         record["published"] = request.published
-        record["published_source"] = find_protocol(request.published, source.folder).source
+        protocol = find_protocol(request.published, source.folder)
+        record["published_source"] = protocol.source
+        record |= {"ours": True} if protocol.ours else {}
+        record |= {"withdrawn": list(protocol.withdrawn)} if protocol.withdrawn else {}
     if request.label_map is not None:
         record["label_map"] = {str(old): new for old, new in request.label_map.items()}
     record["labeled_patients"] = selection.patients

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
+from nnssl.layout import RawDataset
+
 SHAPE = (5, 7, 6)  # z, y, x
 #: Patients 0 to 3 of the source come from A, 4 to 8 from B, and 9 from C.
 DOMAINS = {f"p{i:02d}_f{frame}": "AAAABBBBBC"[i] for i in range(10) for frame in (1, 2)} | {
@@ -34,15 +36,23 @@ class Toy:
         image.CopyInformation(self.scan(seed))
         return image
 
+    def values(self, seed: int, values: tuple[int, ...], like: sitk.Image | None = None) -> sitk.Image:
+        """A label with any values of 16 bits, on the grid of ``like``; default: that of every scan."""
+        array = np.random.default_rng(seed).choice(values, SHAPE)
+        array.flat[: len(values)] = values
+        image = sitk.GetImageFromArray(array.astype(np.int16))
+        image.CopyInformation(self.scan(seed) if like is None else like)
+        return image
+
     def write(self, image: sitk.Image, path: Path) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         sitk.WriteImage(image, str(path))
         return path
 
-    def dicom(self, seed: int, folder: Path) -> Path:
-        """Write a scan as a DICOM series, one file a slice."""
+    def dicom(self, seed: int, folder: Path, shift: int = 0) -> Path:
+        """Write a scan as a DICOM series, one file a slice; ``shift`` is added to its grey levels."""
         folder.mkdir(parents=True, exist_ok=True)
-        image = self.scan(seed)
+        image = self.scan(seed) + shift
         writer = sitk.ImageFileWriter()
         writer.KeepOriginalImageUIDOn()
         for z in range(image.GetDepth()):
@@ -102,6 +112,41 @@ def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str
     def call(main: Callable[[list[str]], int], *argv: object) -> tuple[int, str, str]:
         code = main([str(a) for a in argv])
         return (code, *capsys.readouterr())
+
+    return call
+
+
+@pytest.fixture
+def download(tmp_path: Path) -> Path:
+    """Folder of the download that a test makes."""
+    folder = tmp_path / "download"
+    folder.mkdir()
+    return folder
+
+
+@pytest.fixture
+def convert_to(run, raw: Path, download: Path) -> Callable[..., tuple[RawDataset, str, str]]:
+    """Convert ``download`` as data set 60, which must succeed; return it, stdout and stderr."""
+    from nnssl.cli.convert import main
+
+    def call(name: str, *options: object) -> tuple[RawDataset, str, str]:
+        code, out, err = run(main, name, download, "-d", 60, *options)
+        assert code == 0, err
+        return RawDataset.load(next(raw.glob("Dataset060_*"))), out, err
+
+    return call
+
+
+@pytest.fixture
+def convert_fails(run, raw: Path, download: Path) -> Callable[..., str]:
+    """Convert ``download``, which must be refused and leave nothing behind; return stderr."""
+    from nnssl.cli.convert import main
+
+    def call(name: str, *options: object) -> str:
+        code, _, err = run(main, name, download, "-d", 60, *options)
+        assert code == 2
+        assert list(raw.iterdir()) == []
+        return err
 
     return call
 

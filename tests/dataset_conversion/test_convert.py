@@ -12,13 +12,16 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
+import nnssl
 from nnssl.cli import make_subset
 from nnssl.cli.convert import main
 from nnssl.dataset_conversion import CONVERTERS
 from nnssl.dataset_conversion.published import find_protocol, load_published
+from nnssl.dataset_conversion.subset import draw_order
 from nnssl.imageio import read_array
 from nnssl.layout import RawDataset
 
+PUBLISHED = Path(nnssl.__file__).parent / "dataset_conversion" / "published"
 LA_IDS = load_published("la.json")["train"][:3]
 REAL = pytest.mark.skipif("NNSSL_REAL_DATA" not in os.environ, reason="NNSSL_REAL_DATA names no folder of real scans")
 
@@ -114,7 +117,7 @@ def test_la_mask_with_other_values_is_refused(convert, la_challenge: Path, raw: 
     write(la_challenge / "Training Set" / LA_IDS[0] / "laendo.nrrd", scan(3), (0.625, 0.625, 0.625))
     code, _, err = convert("LA")
     assert code == 2
-    assert "0 and 255 are expected" in err
+    assert "0, 1, 255 are expected" in err
     assert list(raw.iterdir()) == []
 
 
@@ -228,6 +231,9 @@ def test_converters_describe_themselves(name: str):
     assert converter.LICENCE
     assert converter.TITLE
     assert converter.SOURCE_URL.startswith("https://")
+    pages = Path(nnssl.__file__).parents[1] / "documentation"
+    assert name in (pages / "datasets" / f"{converter.PAGE}.md").read_text(encoding="utf-8")
+    assert f"datasets/{converter.PAGE}.md" in (pages / "README.md").read_text(encoding="utf-8")
 
 
 # Published lists ------------------------------------------------------------------------------------------------------
@@ -241,6 +247,26 @@ def test_converters_describe_themselves(name: str):
         ("ACDC-3", (3, 67, 10, 20)),
         ("ACDC-7", (7, 63, 10, 20)),
         ("ACDC-14", (14, 56, 10, 20)),
+        ("BraTS19-25", (25, 225, 25, 60)),
+        ("BraTS19-50", (50, 200, 25, 60)),
+        ("Pancreas-6", (6, 55, 0, 19)),  # as published 56 and 20; two of these are withdrawn
+        ("Pancreas-12", (11, 50, 0, 19)),  # as published 12 and 20
+        ("Pancreas-CoraNet-12", (12, 50, 0, 18)),
+        ("Synapse-4", (4, 16, 4, 6)),
+        ("MMWHS-CT2MR", (16, 13, 3, 4)),
+        ("MMWHS-MR2CT", (16, 13, 3, 4)),
+        ("MnMs-A-2", (5, 220, 0, 95)),
+        ("MnMs-A-5", (13, 212, 0, 95)),
+        ("MnMs-B-2", (4, 191, 0, 125)),
+        ("MnMs-B-5", (11, 184, 0, 125)),
+        ("MnMs-C-2", (6, 264, 0, 50)),
+        ("MnMs-C-5", (15, 255, 0, 50)),
+        ("MnMs-D-2", (6, 264, 0, 50)),
+        ("MnMs-D-5", (15, 255, 0, 50)),
+        ("Prostate-2-own1", (2, 20, 0, 10)),
+        ("Prostate-2-own2", (2, 20, 0, 10)),
+        ("MSCMR-7-own1", (7, 28, 0, 10)),
+        ("MSCMR-7-own2", (7, 28, 0, 10)),
     ],
 )
 def test_published_counts_and_disjoint_roles(tmp_path: Path, name: str, counts: tuple[int, ...]):
@@ -262,6 +288,54 @@ def test_published_lists_begin_as_published(tmp_path: Path):
     frames = load_published("acdc.json")["frames"]
     assert sorted(frames) == [f"patient{i:03d}" for i in range(1, 101)]
     assert all(int(first) < int(second) for first, second in frames.values())
+
+
+def test_ids_of_lists_are_told_from_names_of_lists(tmp_path: Path):
+    lists = {
+        "source": "here",
+        "protocols": {"P-1": {"labeled": ["@few", "c"], "unlabeled": ["@all", "x"], "test": ["t", "gone"]}},
+        "few": ["b"],
+        "all": ["a", "b", "c", "gone"],
+        "withdrawn": ["gone", "elsewhere"],
+    }
+    (tmp_path / "nnssl_published_splits.json").write_text(json.dumps(lists))
+    protocol = find_protocol("P-1", tmp_path)
+    assert protocol.labeled == ["b", "c"]
+    assert protocol.unlabeled == ["a", "x"]
+    assert protocol.test == ["t"]
+    assert protocol.val == []
+    assert protocol.withdrawn == ("gone",)
+    assert not protocol.ours
+
+
+@pytest.mark.parametrize("name", sorted(p.name for p in PUBLISHED.glob("*.json")))
+def test_split_files_say_where_they_come_from(tmp_path: Path, name: str):
+    lists = load_published(name)
+    assert lists["dataset"]
+    assert lists["unit"]
+    assert ("nnssl" in lists["source"]) if lists.get("ours") else ("github.com/" in lists["source"])
+    for protocol in lists["protocols"]:
+        assert find_protocol(protocol, tmp_path).labeled
+        assert ("own" in protocol) == lists.get("ours", False)
+
+
+def test_own_splits_follow_their_rule():
+    for name, prefix in (("prostate.json", "Prostate-2-own"), ("mscmr.json", "MSCMR-7-own")):
+        lists = load_published(name)
+        for split in (1, 2):
+            held_out, rest = lists[f"test{split}"], lists[f"train{split}"]
+            drawn = draw_order([*held_out, *rest], split)
+            assert set(drawn[:10]) == set(held_out)
+            assert drawn[10:] == rest
+            assert lists["protocols"][f"{prefix}{split}"]["labeled"] == rest[: int(prefix.split("-")[1])]
+
+
+def test_vendors_are_disjoint_and_have_two_frames_each():
+    lists = load_published("mnms.json")
+    subjects = [subject for vendor in "ABCD" for subject in lists[vendor]]
+    assert len(subjects) == len(set(subjects)) == 320
+    assert lists["frames"].keys() == set(subjects)
+    assert all(len(set(frames)) == 2 for frames in lists["frames"].values())
 
 
 def test_converted_data_set_carries_its_published_lists(convert, acdc_challenge: Path, raw: Path, run):
