@@ -1,0 +1,1 @@
+"""Published tables, run again: their rows as data, the chain that measures them, and the comparison."""

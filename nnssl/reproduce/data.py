@@ -1,0 +1,231 @@
+"""The data of a table: find the converted data set, hide labels by the published split, number the subset."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from nnssl.dataset_conversion.published import Protocol, find_protocol
+from nnssl.dataset_conversion.subset import RECORD
+from nnssl.errors import UserError
+from nnssl.imageio import split_ending
+from nnssl.layout import RawDataset, find_dataset, variable
+from nnssl.reproduce.table import FOLDER, Table
+
+#: Ids that subsets take, the first free one.
+IDS = range(800, 1000)
+#: Folders of the cases that are predicted and of their references.
+FOLDERS = {"test": ("imagesTs", "labelsTs"), "val": ("imagesVal", "labelsVal")}
+
+
+@dataclass(frozen=True)
+class SubsetPlan:
+    """A subset that a row needs: which one, and how it is made.
+
+    Args:
+        name: its name, without ``DatasetXXX_``.
+        source: the data set it is drawn from.
+        protocol: the published lists; None: the source is used as it is.
+        share: "few" or "all" labels.
+        test_ids: ids of a substitute test set; None: the published one.
+        label_map: old:new label values; empty: as they are.
+    """
+
+    name: str
+    source: RawDataset
+    protocol: Protocol | None
+    share: str
+    test_ids: tuple[str, ...] | None
+    label_map: str = ""
+
+    def existing(self) -> RawDataset | None:
+        """Return the subset if it was made.
+
+        Raises:
+            UserError: if a data set of that name is another one.
+        """
+        if self.protocol is None:
+            return self.source
+        found = sorted(variable("nnUNet_raw").glob(f"Dataset[0-9][0-9][0-9]_{self.name}"))
+        if not found:
+            return None
+        record = found[0] / RECORD
+        made_from = json.loads(record.read_text(encoding="utf-8")).get("source") if record.is_file() else "no record"
+        if len(found) > 1 or made_from != self.source.name:
+            rule = f"{self.name} must be the one subset of {self.source.name}"
+            got = f"{', '.join(p.name for p in found)}, from {made_from}"
+            raise UserError(rule, got, None, "rename or remove it, or name its source with -d")
+        return RawDataset.load(found[0])
+
+    def words(self, ids: Path, processes: int | None) -> list[str]:
+        """Return the command that makes it.
+
+        Args:
+            ids: folder for the id files that it reads.
+            processes: worker processes; None: the command's default.
+        """
+        assert self.protocol is not None
+        self._require_published(self.protocol)
+        words = ["nnssl_make_subset", "-d", self.source.name, "-o", str(_free_id()), "-n", self.name]
+        if self.share == "few":
+            words += ["--published", self.protocol.name]
+            if self.test_ids:
+                words += ["--test_ids", _write_ids(ids / f"{self.name}_test.txt", self.test_ids)]
+        else:
+            test = self.test_ids or self.protocol.test
+            labeled = _present(self.source, [*self.protocol.labeled, *self.protocol.unlabeled], without=test)
+            words += ["--labeled_ids", _write_ids(ids / f"{self.name}_labeled.txt", labeled)]
+            for role, members in (("val", self.protocol.val), ("test", test)):
+                if there := _present(self.source, members):
+                    words += [f"--{role}_ids", _write_ids(ids / f"{self.name}_{role}.txt", there)]
+        words += ["--label_map", self.label_map] if self.label_map else []
+        return words + (["-np", str(processes)] if processes else []) + ["--link"]
+
+    def _require_published(self, protocol: Protocol) -> None:
+        """Refuse a source that lacks labeled or test cases: its numbers would stand beside those of the whole list."""
+        wanted = [*protocol.labeled, *(protocol.unlabeled if self.share == "all" else ())]
+        wanted += [] if self.test_ids else list(protocol.test)
+        there = set(_present(self.source, wanted))
+        if absent := [name for name in wanted if name not in there]:
+            rule = f"{self.source.name} must hold every labeled and test case of {protocol.name}, with its label"
+            got = f"{len(absent)} of {len(wanted)} are missing: {', '.join(absent[:5])}"
+            raise UserError(rule, got, None, "convert the whole data set, or give --test_ids for other test cases")
+
+
+def plan_subset(table: Table, share: str, given: str | None, test_ids: tuple[str, ...] | None) -> SubsetPlan:
+    """Decide which subset the rows of a table need.
+
+    Args:
+        table: the table.
+        share: "few" or "all".
+        given: id or name of the converted data set; None: it is looked for.
+        test_ids: ids of a substitute test set.
+
+    Raises:
+        UserError: if the data set or the split is not there.
+    """
+    source = find_source(table, given)
+    if table.published is None:
+        if test_ids:
+            raise UserError(f"{table.dataset} is used as it was converted", "--test_ids", None, "leave it out")
+        return SubsetPlan("", source, None, share, None)
+    protocol = published(table, source.folder)
+    name = "Repro_" + table.published.replace("-", "_") + ("_all" if share == "all" else "")
+    if test_ids:
+        name += "_" + test_tag(test_ids)
+    return SubsetPlan(name, source, protocol, share, test_ids, table.label_map)
+
+
+def test_tag(test_ids: Sequence[str]) -> str:
+    """Return a short name of a substitute test set: the same for the same ids in any order."""
+    return "t" + hashlib.sha256("\n".join(sorted(test_ids)).encode()).hexdigest()[:6]
+
+
+def published(table: Table, folder: Path) -> Protocol:
+    """Return the published split of a table: the data set's own in ``folder``, else the package's.
+
+    Raises:
+        UserError: if this version of the package does not have it.
+    """
+    try:
+        return find_protocol(str(table.published), folder)
+    except UserError as error:
+        rule = f"{table.paper} {table.name} needs the published split {table.published} of {table.dataset}"
+        remedy = "update nnssl, or put the split into the data set's nnssl_published_splits.json"
+        raise UserError(rule, "a version without it", error.allowed, remedy) from error
+
+
+def find_source(table: Table, given: str | None) -> RawDataset:
+    """Return the converted data set: the given one, else the one in nnUNet_raw that was converted from the table's.
+
+    A data set that was imported by hand is found by its cases: it holds those that the split labels, with their labels.
+
+    Raises:
+        UserError: if none or several are found.
+    """
+    if given:
+        return RawDataset.load(find_dataset(given))
+    root = variable("nnUNet_raw")
+    folders = [p for p in sorted(root.glob("Dataset[0-9][0-9][0-9]_*")) if (p / "dataset.json").is_file()]
+    candidates = []
+    for folder in folders:
+        with contextlib.suppress(UserError):  # another data set's broken file is not this table's matter
+            candidates += [RawDataset.load(folder)] if not (folder / RECORD).is_file() else []
+    found = [d for d in candidates if d.nnssl.get("source") == table.dataset]
+    if not found and table.published is not None:
+        with contextlib.suppress(UserError):  # without the package's split only a conversion can be found
+            labeled = published(table, FOLDER).labeled
+            found = [d for d in candidates if _holds(d, labeled)]
+    if len(found) != 1:
+        rule = f"{table.paper} {table.name} needs the data set {table.dataset} in {root}"
+        got = ", ".join(d.name for d in found) or "none that fits"
+        convert = f"nnssl_convert {table.dataset} SRC -d ID"
+        raise UserError(rule, got, "one, or -d ID", "name it with -d" if found else f"{convert}, or name it with -d")
+    return found[0]
+
+
+def require_references(table: Table, dataset: RawDataset) -> tuple[Path, Path]:
+    """Return the folders of the cases to predict and of their references.
+
+    Raises:
+        UserError: if there is no case, or one without a reference.
+    """
+    images, labels = FOLDERS[table.cases]
+    cases = dataset.cases(images)
+    missing = [case for case in cases if not dataset.label_file(images, case).is_file()]
+    if not cases or missing:
+        rule = f"the {table.cases} cases of {dataset.name} need references"
+        got = (
+            f"none for {', '.join(missing[:5])}" if missing else f"no case in {images}: {table.dataset} lacks the list"
+        )
+        raise UserError(rule, got, None, "convert the whole data set, or name other labeled cases with --test_ids")
+    return dataset.folder / images, dataset.folder / labels
+
+
+def _holds(dataset: RawDataset, ids: Sequence[str]) -> bool:
+    return len(_present(dataset, ids)) == len(ids) > 0
+
+
+def _present(dataset: RawDataset, ids: Sequence[str], without: Sequence[str] = ()) -> list[str]:
+    """Return the ids that name a case or patient with a label in the data set, in their order."""
+    known: set[str] = set()
+    for folder in ("imagesTr", "imagesVal", "imagesTs"):
+        for case in dataset.cases(folder):
+            if dataset.label_file(folder, case).is_file():
+                known |= {case, dataset.patient(case)}
+    out = set(without)
+    return [name for name in ids if name in known and name not in out]
+
+
+def _write_ids(path: Path, ids: Sequence[str]) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(f"{name}\n" for name in ids), encoding="utf-8")
+    return str(path)
+
+
+def _free_id() -> int:
+    roots = [variable(name) for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")]
+    used = {p.name[7:10] for root in roots if root.is_dir() for p in root.glob("Dataset[0-9][0-9][0-9]_*")}
+    for number in IDS:
+        if str(number) not in used:
+            return number
+    raise UserError("subsets take the ids 800 to 999", "none is free", None, "remove data sets that are not needed")
+
+
+def broken_masks(folder: Path) -> list[Path]:
+    """Return the masks of a folder that a kill left half written."""
+    from nnssl.evaluation.masks import read_mask
+
+    broken = []
+    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
+        if not split_ending(path.name)[1]:
+            continue
+        try:
+            read_mask(path)
+        except UserError:
+            broken.append(path)
+    return broken

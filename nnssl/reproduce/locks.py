@@ -1,0 +1,41 @@
+"""One process at a time for what several share: rows of a table may run on many machines at once."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+
+@contextlib.contextmanager
+def alone(path: Path, what: str, report: Callable[[str], None]) -> Iterator[None]:
+    """Hold a lock while the block runs; wait for another process that holds it.
+
+    The system takes the lock away from a process that dies, so that a kill leaves none behind. It holds across
+    machines where the file system passes ``flock`` on (NFS from Linux 2.6.12 on; Lustre when mounted with ``flock``).
+
+    Args:
+        path: the lock file; created, never removed.
+        what: what is waited for, to tell the user.
+        report: takes a line.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a", encoding="utf-8") as file:
+        if fcntl is None:
+            report(f"this system has no file locks: run no second nnssl_reproduce beside this one ({what})")
+            yield
+            return
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            report(f"another process is at it, waiting: {what}")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            fcntl.flock(file, fcntl.LOCK_UN)
