@@ -46,6 +46,11 @@ class Geometry:
     origin: tuple[float, ...]
     direction: tuple[float, ...]
 
+    @classmethod
+    def of(cls, image: sitk.Image | sitk.ImageFileReader) -> Geometry:
+        """Return the grid of an image, or of the file whose header a reader has read."""
+        return cls(image.GetSize(), image.GetSpacing(), image.GetOrigin(), image.GetDirection())
+
     def difference(self, other: Geometry) -> str | None:
         """Name the first property in which two grids differ, or return None.
 
@@ -56,7 +61,7 @@ class Geometry:
         tolerances = {"size": (0, 0), "spacing": (1e-5, 1e-8), "origin": (0, shift), "direction": (0, 1e-3)}
         for name, (rtol, atol) in tolerances.items():
             a, b = getattr(self, name), getattr(other, name)
-            if len(a) != len(b) or not np.allclose(a, b, rtol=rtol, atol=atol):
+            if a != b and (len(a) != len(b) or not np.allclose(a, b, rtol=rtol, atol=atol)):
                 return f"{name} {_numbers(a)} and {_numbers(b)}"
         return None
 
@@ -130,7 +135,7 @@ def read_array(path: Path) -> tuple[np.ndarray, Geometry]:
     image = read_image(path)
     if image.GetNumberOfComponentsPerPixel() > 1:
         raise ImageReadError(f"{image.GetNumberOfComponentsPerPixel()} values a voxel; one is supported")
-    geometry = Geometry(image.GetSize(), image.GetSpacing(), image.GetOrigin(), image.GetDirection())
+    geometry = Geometry.of(image)
     array = sitk.GetArrayFromImage(image)
     if array.ndim == 4:
         return array, geometry
@@ -157,6 +162,18 @@ def count_channels(path: Path) -> int:
     return int(size[3]) if len(size) == 4 else 1
 
 
+def view(image: sitk.Image) -> np.ndarray:
+    """Return the voxels of an image in memory as :func:`read_array` orders them, without a copy.
+
+    Args:
+        image: 2D or 3D, one value a voxel; it must outlive the result.
+    """
+    import SimpleITK as sitk
+
+    array = sitk.GetArrayViewFromImage(image)
+    return array[None] if array.ndim == 3 else array[None, None]
+
+
 def write_image(image: sitk.Image, path: Path) -> None:
     """Write a SimpleITK image, compressed.
 
@@ -169,6 +186,43 @@ def write_image(image: sitk.Image, path: Path) -> None:
         sitk.WriteImage(image, str(path), useCompression=True)
     except RuntimeError as error:
         raise OSError(f"{path}: {_one_line(error)}") from error
+    if path.name.endswith(".nii.gz"):
+        _require_whole(image, path)
+
+
+def _require_whole(image: sitk.Image, path: Path) -> None:
+    """Compare the length that ends a gzip file with that of the voxels: a full disk may cut a file without an error.
+
+    Raises:
+        OSError: if the file is shorter than the voxels.
+    """
+    with path.open("rb") as file:
+        file.seek(-4, 2)
+        length = int.from_bytes(file.read(4), "little")
+    voxels = image.GetNumberOfPixels() * image.GetNumberOfComponentsPerPixel() * image.GetSizeOfPixelComponent()
+    if not 348 <= (length - voxels) % 2**32 < 2**16:  # what comes before the voxels: a header of 352 bytes, or more
+        raise OSError(f"{path}: cut short")
+
+
+def take_grid(label: sitk.Image, image_file: Path) -> str | None:
+    """Give a label its image's origin, direction and rounding of the spacing, if size and spacing (0.1 %) agree.
+
+    Returns:
+        the property that differed, or None if nothing had to be done or size or spacing differ.
+    """
+    import SimpleITK as sitk
+
+    reader = sitk.ImageFileReader()
+    reader.SetFileName(str(image_file))
+    reader.ReadImageInformation()
+    mine, other = Geometry.of(label), Geometry.of(reader)
+    difference = other.difference(mine)
+    if difference is None or mine.size != other.size or not np.allclose(mine.spacing, other.spacing, rtol=1e-3):
+        return None
+    label.SetSpacing(other.spacing)
+    label.SetOrigin(other.origin)
+    label.SetDirection(other.direction)
+    return f"{difference} (image, label)"
 
 
 def write_label(label: np.ndarray, like: sitk.Image | None, path: Path) -> None:

@@ -38,7 +38,7 @@ LAYERS = (
     {"networks", "diffusion", "losses"},
     {"data", "plans", "training"},
     {"trainers", "inference", "evaluation", "dataset_conversion"},
-    {"demo", "benchmark", "cli"},
+    {"demo", "benchmark", "reproduce", "cli"},
 )
 RANK = {part: rank for rank, parts in enumerate(LAYERS) for part in parts}
 #: Parts that answer at once because importing them, with all their modules, loads no torch.

@@ -1,4 +1,4 @@
-"""``python -m nnssl.benchmark steps|scan|predict|preprocess|flops``: performance side by side in one run, as ratios."""
+"""``python -m nnssl.benchmark PART``: performance side by side in one run, as ratios; ``-h`` names the parts."""
 
 from __future__ import annotations
 
@@ -13,13 +13,20 @@ from nnssl.errors import UserError
 
 def main(argv: list[str] | None = None) -> int:
     """Run one benchmark, print its table as JSON, and store it with ``-o``."""
-    from nnssl.benchmark import flops, predict, preprocess, scan, steps
+    from nnssl.benchmark import convert, flops, predict, preprocess, scan, steps
 
     parser = argparse.ArgumentParser(prog="python -m nnssl.benchmark", description=__doc__)
     parser.add_argument("-o", type=Path, help="also write the result to this JSON file")
     parser.add_argument("--threads", type=int, help="torch threads (default: torch's)")
     commands = parser.add_subparsers(dest="what", required=True)
-    parts = {"steps": steps, "scan": scan, "predict": predict, "preprocess": preprocess, "flops": flops}
+    parts = {
+        "steps": steps,
+        "scan": scan,
+        "predict": predict,
+        "preprocess": preprocess,
+        "convert": convert,
+        "flops": flops,
+    }
     for name, module in parts.items():
         module.add_arguments(commands.add_parser(name, description=module.__doc__))
     args = parser.parse_args(argv)

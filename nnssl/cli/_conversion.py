@@ -31,7 +31,7 @@ def finish(command: str, folder: Path, set_aside: dict[str, str], subset: bool =
         set_aside: unlabeled case or file -> reason.
         subset: the next step is to draw a subset, since every case is labeled.
     """
-    from nnssl.dataset_conversion.base import summary_line
+    from nnssl.dataset_conversion.writer import summary_line
     from nnssl.layout import RawDataset
     from nnssl.plans.domains import Domains, count_by_domain
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from nnssl.cli._common import run_command
 from nnssl.errors import UserError
 
-_PROTOCOLS = ("mm", "literature-la", "literature-acdc", "literature-ad")
+_PROTOCOLS = ("mm", "literature-la", "literature-acdc", "literature-diffrect", "literature-ad")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -51,17 +51,20 @@ def execute(args: argparse.Namespace) -> int:
     _check(args)
     from nnssl.evaluation.compare import compare
     from nnssl.evaluation.evaluate import evaluate_folders
-    from nnssl.evaluation.labels import LabelSet, read_domains
+    from nnssl.evaluation.labels import LabelSet, read_domains, read_provenance
     from nnssl.evaluation.masks import match_masks
     from nnssl.evaluation.report import comparison_table, result_table, write_files
 
     labels = None if args.djfile is None else LabelSet.from_dataset_json(args.djfile)
     domains = None if args.djfile is None else read_domains(args.djfile)
+    provenance = None if args.djfile is None else read_provenance(args.djfile)
     for folder in args.pred:  # a gap in the last folder must not show after an hour on the first
         match_masks(args.ref, folder)
     results = {}
     for name, folder in zip(_names(args.pred), args.pred, strict=True):
-        results[name] = evaluate_folders(args.ref, folder, labels, args.protocol, args.nsd_tolerance, args.np, domains)
+        results[name] = evaluate_folders(
+            args.ref, folder, labels, args.protocol, args.nsd_tolerance, args.np, domains, provenance
+        )
     _require_same_classes(results)
     comparison = compare(results) if len(results) > 1 else []
     files = _files(args, results, comparison)

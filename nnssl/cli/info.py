@@ -42,13 +42,28 @@ def trainers() -> Rows:
 
 
 def datasets() -> Rows:
-    """Return one row a public data set that ``nnssl_convert`` reads."""
+    """Return one row a public data set that ``nnssl_convert`` reads: terms, source, layouts and published splits."""
     from nnssl.dataset_conversion import CONVERTERS
+    from nnssl.dataset_conversion.published import load_published, protocol_names
 
     rows: Rows = []
     for name, converter in sorted(CONVERTERS.items()):
-        fields = {"licence": "LICENCE", "source": "SOURCE_URL"}
-        rows.append({"dataset": name, **{key: getattr(converter, attribute) for key, attribute in fields.items()}})
+        protocols = protocol_names(converter.PUBLISHED)
+        ours = bool(protocols) and load_published(str(converter.PUBLISHED)).get("ours", False)
+        rows.append(
+            {
+                "dataset": name,
+                "title": converter.TITLE,
+                "licence": converter.LICENCE,
+                "source": converter.SOURCE_URL,
+                "published_splits": [] if ours else protocols,
+                "own_splits": protocols if ours else [],
+                "converter": f"nnssl_convert {name} SRC -d ID",
+                "layouts": list(converter.LAYOUTS.values()),
+                "literature_crop": list(converter.CROPS),
+                "page": f"documentation/datasets/{converter.PAGE}.md",
+            }
+        )
     return rows
 
 

@@ -28,6 +28,13 @@ def build_parser() -> argparse.ArgumentParser:
     how = parser.add_argument_group("how to predict")
     how.add_argument("--preset", metavar="NAME|FILE", help="apply the predict section of a preset, below the flags")
     how.add_argument("-step_size", type=float, help="tile distance in patch sizes (default: 0.5)")
+    how.add_argument(
+        "--stride",
+        type=int,
+        nargs="+",
+        metavar="N",
+        help="tile distance in voxels, one number an axis of the patch; tiles count alike, probabilities are averaged",
+    )
     how.add_argument("--disable_tta", action="store_true", help="no mirroring: faster, a little less accurate")
     how.add_argument("--save_probabilities", action="store_true", help="also write CASE.npz with class probabilities")
     how.add_argument("--continue_prediction", action="store_true", help="skip cases whose mask exists")
@@ -65,6 +72,7 @@ def execute(args: argparse.Namespace) -> int:
 
     options = PredictOptions(
         step_size=chosen.get("step_size", 0.5) if args.step_size is None else args.step_size,
+        stride=_stride(args, chosen),
         mirroring=not (args.disable_tta or chosen.get("disable_tta", False)),
         save_probabilities=args.save_probabilities,
         overwrite=not args.continue_prediction,
@@ -84,7 +92,24 @@ def execute(args: argparse.Namespace) -> int:
 
 
 #: Keys of a preset's predict section, named as the flags, with the types of their values.
-PREDICT_KEYS: dict[str, type | tuple[type, ...]] = {"step_size": (int, float), "disable_tta": bool, "chk": str}
+PREDICT_KEYS: dict[str, type | tuple[type, ...]] = {
+    "step_size": (int, float),
+    "stride": list,
+    "disable_tta": bool,
+    "chk": str,
+}
+
+
+def _stride(args: argparse.Namespace, chosen: dict[str, Any]) -> tuple[int, ...] | None:
+    """Return the strides of the flags, else of the preset; ``-step_size`` beside a preset switches its strides off."""
+    if args.stride is not None and args.step_size is not None:
+        raise UserError("tiles are placed by --stride or by -step_size", "both", None, "choose one")
+    given = args.stride if args.stride is not None or args.step_size is not None else chosen.get("stride")
+    if given is not None and not all(isinstance(v, int) and not isinstance(v, bool) for v in given):
+        raise UserError(
+            "stride must be a list of whole numbers", given, "for example [4, 18, 18]", "correct the preset"
+        )
+    return None if given is None else tuple(given)
 
 
 def _predict_section(preset: str) -> dict[str, Any]:

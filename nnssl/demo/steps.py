@@ -1,4 +1,4 @@
-"""Run the demo's steps one after the other: what they print goes to a log, the terminal shows where things stand."""
+"""Run the steps of a chain one after the other: what they print goes to a log, the terminal shows how far it is."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TextIO
 
 from nnssl.errors import UserError
+from nnssl.training.signals import EXIT_STOPPED
 
 #: Seconds between two signs of life: on a terminal (one line, rewritten) and elsewhere (a line each).
 HEARTBEAT = {True: 1.0, False: 30.0}
@@ -24,15 +25,22 @@ class StepRunner:
         logs: folder for one log file a step.
         total: number of steps.
         stream: where progress goes; default: the present stderr.
+        chain: what the steps belong to, for errors.
     """
 
-    def __init__(self, logs: Path, total: int, stream: TextIO | None = None) -> None:
-        self.logs, self.total, self.count = logs, total, 0
+    def __init__(self, logs: Path, total: int, stream: TextIO | None = None, chain: str = "the demo") -> None:
+        self.logs, self.total, self.count, self.chain = logs, total, 0, chain
         self.stream = sys.stderr if stream is None else stream
         self.start = time.monotonic()
         #: Seconds each step took, by title.
         self.seconds: dict[str, float] = {}
         logs.mkdir(parents=True, exist_ok=True)
+
+    def skip(self, title: str) -> None:
+        """Count a step that an earlier call has done."""
+        self.count += 1
+        with _own_stream(self.stream) as out:
+            print(f"[{self.count}/{self.total}] {clock(time.monotonic() - self.start)}  {title}: done before", file=out)
 
     def run(self, title: str, action: Callable[[], int | None], command: str | None = None) -> None:
         """Run one step with everything it prints going to its log.
@@ -44,6 +52,7 @@ class StepRunner:
 
         Raises:
             UserError: if the step fails; it names the log.
+            SystemExit: if the step was asked to stop and has saved its state, with its exit code.
         """
         self.count += 1
         log = self.logs / f"{self.count:02d}_{''.join(c if c.isalnum() else '_' for c in title)}.log"
@@ -54,10 +63,14 @@ class StepRunner:
                 print(f"        $ {command}", file=out, flush=True)
             with _heartbeat(out, log, f"[{self.count}/{self.total}]", self.start), _redirected(log):
                 code = _exit_code(action)
+        if code == EXIT_STOPPED:
+            with _own_stream(self.stream) as out:
+                print(f"[{self.count}/{self.total}] {title}: stopped on request; the same command goes on", file=out)
+            raise SystemExit(code)
         if code:
             lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
             got = f"{title!r} ended with {code}" + (f" ({lines[-1].strip()})" if lines else "")
-            raise UserError("every step of the demo must succeed", got, None, f"see {log}")
+            raise UserError(f"every step of {self.chain} must succeed", got, None, f"see {log}")
         self.seconds[title] = time.monotonic() - begin
 
 
@@ -95,8 +108,8 @@ def _own_stream(stream: TextIO) -> Iterator[TextIO]:
 
 @contextlib.contextmanager
 def _redirected(log: Path) -> Iterator[None]:
-    """Send Python's stdout and stderr, and the descriptors that worker processes inherit, to a log file."""
-    with open(log, "w", encoding="utf-8", buffering=1) as file:
+    """Send Python's stdout and stderr, and the descriptors that worker processes inherit, to the end of a log file."""
+    with open(log, "a", encoding="utf-8", buffering=1) as file:
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
         saved = [os.dup(1), os.dup(2)]

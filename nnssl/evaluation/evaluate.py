@@ -14,7 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from nnssl.errors import UserError
-from nnssl.evaluation.labels import LabelSet, label_values, read_domains
+from nnssl.evaluation.labels import LabelSet, label_values, read_domains, read_provenance
 from nnssl.evaluation.masks import match_masks, read_mask, require_same_geometry
 from nnssl.evaluation.metrics import Emptiness, emptiness
 from nnssl.evaluation.pooled import BACKGROUND, Counts, count, pooled_iou
@@ -30,6 +30,7 @@ def evaluate_folders(
     nsd_tolerance_mm: float = 1.0,
     num_processes: int | None = None,
     domains: Mapping[str, str] | None = None,
+    provenance: str | None = None,
 ) -> dict[str, Any]:
     """Measure every case of ``reference`` in ``prediction``, matched by file name.
 
@@ -43,10 +44,12 @@ def evaluate_folders(
         num_processes: worker processes (1: none). Default: nnUNet_def_n_proc, else at most 8.
         domains: domain of each case (:func:`nnssl.evaluation.labels.read_domains`). Default: those of the
             ``dataset.json`` that the labels are taken from by default.
+        provenance: what was done to the scans, such as a crop around the reference label; it is repeated as a note.
+            Default: that of the ``dataset.json`` in the prediction folder.
 
     Returns:
         Plain JSON data without NaN (None where a value is undefined): ``protocol``, ``unit``, ``metrics``,
-        ``nsd_tolerance_mm``, ``labels``, ``ignore_label``, ``reference``, ``prediction``, ``notes``;
+        ``nsd_tolerance_mm``, ``labels``, ``ignore_label``, ``reference``, ``prediction``, ``provenance``, ``notes``;
         ``cases`` {case: {class: {metric: value}}}; ``mean``, ``std`` and ``count`` over cases {class: {metric: value}};
         ``foreground_mean`` {metric: mean over classes of the class means} (nnU-Net's convention);
         ``case_foreground`` {case: {metric: mean over the classes not excluded}} with ``foreground_mean_over_cases`` and
@@ -66,6 +69,8 @@ def evaluate_folders(
     own = Path(prediction) / "dataset.json"
     if domains is None:
         domains = read_domains(own) if labels is None and own.is_file() else {}
+    if provenance is None and labels is None and own.is_file():
+        provenance = read_provenance(own)
     pairs, extra = match_masks(Path(reference), Path(prediction))
     with _workers(min(processes, len(pairs))) as mapper:
         label_set, notes = resolve_labels(labels, Path(prediction), [path for path, _ in pairs.values()], mapper)
@@ -86,7 +91,8 @@ def evaluate_folders(
         "ignore_label": label_set.ignore,
         "reference": str(reference),
         "prediction": str(prediction),
-        "notes": [*chosen.notes, *notes],
+        "provenance": provenance,
+        "notes": [*([f"the scans: {provenance}"] if provenance else []), *chosen.notes, *notes],
     }
     names = list(label_set.classes)
     return head | _aggregate(scores, names, chosen) | {"domains": _each_domain(by_domain, names, chosen)}

@@ -80,6 +80,12 @@ def read_domains(path: Path) -> dict[str, str]:
     return Domains.from_json(_load(path)).of_case
 
 
+def read_provenance(path: Path) -> str | None:
+    """Return what a dataset.json says of its scans that a reader of numbers must know (block ``nnssl``), or None."""
+    found = _load(path).get("nnssl", {}).get("provenance")
+    return str(found) if found else None
+
+
 def label_values(array: np.ndarray) -> list[int]:
     """Return the sorted values of a label map."""
     if array.min() < 0 or array.max() >= 2**16:

@@ -39,6 +39,7 @@ class EmptyRule:
 
 
 _ZEROS_WHEN_NOTHING_PREDICTED = EmptyRule((0.0, 0.0, 0.0, 0.0), (0.0, 0.0, None, None), (0.0, 0.0, 0.0, 0.0))
+_DIFFRECT_RULE = EmptyRule((0.0, 0.0, 50.0, 10.0), (0.0, 0.0, 50.0, 10.0), (0.0, 0.0, 50.0, 10.0))
 _AD_RULE = EmptyRule((0.0, 0.0, 128.0, 128.0), (0.0, 0.0, 128.0, 128.0), (0.01, 0.01, 0.0, 0.0))
 
 
@@ -140,9 +141,14 @@ PROTOCOLS: dict[str, Protocol] = {
             "MC-Net, SS-Net (2D) and SSL4MIS' validation: an empty prediction scores 0 in all four metrics, also where "
             "the reference is empty: a failure counts as a perfect distance, a rightly empty class as Dice 0",
             "the gap between slices (5 to 10 mm) counts as one voxel of about 1.4 mm",
-            "other code of this family differs: DiffRect's test reports 0, 0, 50, 10 for any empty mask, SSL4MIS' test "
-            "stops with an error",
+            "other code differs: DiffRect's has a protocol of its own, SSL4MIS' test stops with an error",
             "their code stops at an empty reference: here the overlap is 0 and the distance is left out",
+        ),
+        _literature(
+            "literature-diffrect",
+            _DIFFRECT_RULE,
+            "DiffRect's test: any empty mask scores 0, 0, 50, 10, so that a rightly empty class counts as Dice 0",
+            "the gap between slices (5 to 10 mm) counts as one voxel of about 1.4 mm",
         ),
         _literature(
             "literature-ad",

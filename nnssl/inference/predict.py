@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,6 +33,8 @@ class PredictOptions:
 
     Args:
         step_size: distance of neighboring tiles in patch sizes, in (0, 1].
+        stride: voxels between tiles, one number an axis of the patch in the plan's order, instead of ``step_size``; the
+            probabilities of all tiles then count alike (:mod:`nnssl.inference.tiles`).
         mirroring: average over the mirror axes that the model was trained with.
         save_probabilities: also write ``CASE.npz`` and ``CASE.pkl``.
         overwrite: predict cases again whose mask exists.
@@ -44,6 +47,7 @@ class PredictOptions:
     """
 
     step_size: float = 0.5
+    stride: tuple[int, ...] | None = None
     mirroring: bool = True
     save_probabilities: bool = False
     overwrite: bool = True
@@ -56,6 +60,9 @@ class PredictOptions:
     def __post_init__(self) -> None:
         if not 0 < self.step_size <= 1:
             raise UserError("-step_size must be a fraction of the patch", self.step_size, "0 < step_size <= 1")
+        if self.stride is not None and (len(self.stride) not in (2, 3) or min(self.stride) < 1):
+            allowed = "2 (2d) or 3 positive numbers"
+            raise UserError("--stride must be distances of tiles in voxels", list(self.stride), allowed)
         processes = (self.preprocessing_processes, self.export_processes)
         if min(processes) < 0 or (0 in processes and any(processes)):
             allowed = "both at least 1, or both 0 (no worker processes)"
@@ -148,7 +155,12 @@ def make_predictor(model: TrainedModel, options: PredictOptions, device: torch.d
         require_safe(file)
     from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
-    predictor = nnUNetPredictor(
+    build: Callable[..., nnUNetPredictor] = nnUNetPredictor
+    if options.stride is not None:
+        from nnssl.inference.tiles import StridePredictor
+
+        build = partial(StridePredictor, options.stride)
+    predictor = build(
         tile_step_size=options.step_size,
         use_gaussian=True,
         use_mirroring=options.mirroring,

@@ -29,7 +29,7 @@ def class_weighted_loss(
     Args:
         logits: (b, C, ...).
         target: integer labels (b, 1, ...) or (b, ...), in 0..C-1 where valid, anything elsewhere.
-        weights: W (C,), positive, treated as constants.
+        weights: W (C,), at least 0, treated as constants; where every label has weight 0 the cross-entropy is 0.
         valid: bool (b, 1, ...), True where a voxel counts; None for all. With no valid voxel both parts are 0, with
             a zero gradient.
         smooth: smoothing of the Dice, in voxels (nnU-Net: 1e-5, the authors' code: 1).

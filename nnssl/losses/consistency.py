@@ -12,16 +12,19 @@ from nnssl.losses.segmentation import check_valid, cross_entropy
 
 
 @fp32
-def probability_mse(student_probs: Tensor, teacher_probs: Tensor, valid: Tensor | None = None) -> Tensor:
+def probability_mse(
+    student_probs: Tensor, teacher_probs: Tensor, valid: Tensor | None = None, detach: bool = True
+) -> Tensor:
     """Compute the mean squared difference of two probability maps over valid voxels and channels.
 
     The consistency cost of the mean teacher (Tarvainen and Valpola 2017, arXiv 1703.01780). Channels may be classes
-    of a softmax or regions of a sigmoid. No gradient reaches the teacher.
+    of a softmax or regions of a sigmoid.
 
     Args:
         student_probs: (b, C, ...).
-        teacher_probs: (b, C, ...), treated as a constant.
+        teacher_probs: (b, C, ...).
         valid: bool (b, 1, ...), True where a voxel counts; None for all.
+        detach: treat the teacher as a constant; False lets the gradient reach both.
 
     Returns:
         A scalar; 0, with a (zero) gradient, when no voxel is valid.
@@ -33,7 +36,7 @@ def probability_mse(student_probs: Tensor, teacher_probs: Tensor, valid: Tensor 
         raise ValueError(
             f"student and teacher differ in shape: {tuple(student_probs.shape)} and {tuple(teacher_probs.shape)}"
         )
-    return _mean_square(student_probs - teacher_probs.detach(), valid)
+    return _mean_square(student_probs - (teacher_probs.detach() if detach else teacher_probs), valid)
 
 
 @fp32

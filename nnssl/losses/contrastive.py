@@ -7,10 +7,13 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from nnssl.losses.precision import fp32
 
 COSINE_EPS = 1e-8
+#: Correlations (voxels times features of the bank) that are held at once: 64 MB in single precision.
+MOST_CORRELATIONS = 2**24
 
 
 @fp32
@@ -86,7 +89,9 @@ def correlation_consistency(
     """Compute the omni-correlation consistency of CAML (Gao et al. 2023, arXiv 2307.06312).
 
     ``mean_i -sum_j a_ij ln v_ij`` with ``v_i = softmax(e_i M^T / tau)`` of the learner and a_i likewise of the teacher,
-    M all features of the bank: both must find a voxel alike to the same labeled ones.
+    M all features of the bank: both must find a voxel alike to the same labeled ones. n times the features of M grows
+    with the square of the number of classes; beyond `MOST_CORRELATIONS` of them voxels are taken in chunks, whose
+    correlations are computed again in the backward pass instead of being kept.
 
     Args:
         learner: e, features of voxels (n, d).
@@ -108,5 +113,18 @@ def correlation_consistency(
     if not len(learner) or not bank:
         return (learner.sum() + teacher.sum()) * 0
     memory = torch.cat([bank[c] for c in sorted(bank)]).detach().to(learner).T / tau
+    rows = max(1, MOST_CORRELATIONS // memory.shape[1])
+    if len(learner) <= rows:
+        return _summed_correlations(learner, teacher, memory, detach) / len(learner)
+    chunks = zip(learner.split(rows), teacher.split(rows), strict=True)
+    sums = [
+        checkpoint(_summed_correlations, e, a, memory, detach, use_reentrant=False, preserve_rng_state=False)
+        for e, a in chunks
+    ]
+    return torch.stack(sums).sum() / len(learner)
+
+
+def _summed_correlations(learner: Tensor, teacher: Tensor, memory: Tensor, detach: bool) -> Tensor:
+    """Return ``sum_i -sum_j a_ij ln v_ij`` of some voxels (n, d), for features over tau (d, m)."""
     target = (teacher @ memory).softmax(1)
-    return -((target.detach() if detach else target) * (learner @ memory).log_softmax(1)).sum(1).mean()
+    return -((target.detach() if detach else target) * (learner @ memory).log_softmax(1)).sum()

@@ -94,6 +94,27 @@ def cross_entropy(logits: Tensor, target: Tensor, valid: Tensor | None = None, w
     return per_voxel.where(mask, per_voxel.new_zeros(())).sum() / mask.sum().clamp_min(1)
 
 
+@fp32
+def soft_cross_entropy(logits: Tensor, shares: Tensor, valid: Tensor, binary: bool = False) -> Tensor:
+    """Compute ``- sum_c y_c log p_c`` for targets y that are shares of classes, averaged over valid voxels.
+
+    Args:
+        logits: (b, C, ...).
+        shares: y (b, C, ...), in 0..1; they sum to 1 over the classes of a softmax.
+        valid: bool (b, 1, ...), True where a voxel counts.
+        binary: channels are regions, p their sigmoids; the mean binary cross entropy of all regions.
+
+    Returns:
+        A scalar; 0, with a (zero) gradient, when no voxel is valid.
+    """
+    if binary:
+        per_voxel = functional.binary_cross_entropy_with_logits(logits, shares, reduction="none").mean(1, keepdim=True)
+    else:
+        per_voxel = -(shares * logits.log_softmax(1)).sum(1, keepdim=True)
+    check_valid(valid, logits)
+    return per_voxel.where(valid, per_voxel.new_zeros(())).sum() / valid.sum().clamp_min(1)
+
+
 def _of_voxels(weight: Tensor, logits: Tensor) -> Tensor:
     """Return the weights of items or voxels in a shape that multiplies a map (b, ...)."""
     if weight.ndim == 1:

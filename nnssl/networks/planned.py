@@ -130,8 +130,11 @@ def run_decoder(
     modulation: Modulation | None,
     deep_supervision: bool,
     before_head: Callable[[Tensor], Tensor] | None = None,
+    scales: list[Tensor] | None = None,
 ) -> tuple[Tensor | list[Tensor], Tensor]:
     """Run a planned decoder on the encoder's outputs; ``before_head`` changes what a segmentation layer is given.
+
+    ``scales`` is filled with the features of every resolution, lowest first.
 
     Returns:
         Logits, or with deep supervision a list of them (full resolution first), and the last layer's input.
@@ -141,6 +144,8 @@ def run_decoder(
     for s, stage in enumerate(decoder.stages):
         x = torch.cat((decoder.transpconvs[s](x), skips[-(s + 2)]), 1)
         x = run_stage(stage, x, modulation)
+        if scales is not None:
+            scales.append(x)
         if deep_supervision or s == last:
             outputs.append(decoder.seg_layers[s](x if before_head is None else before_head(x)))
     return (outputs[::-1] if deep_supervision else outputs[-1]), x

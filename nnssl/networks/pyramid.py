@@ -1,10 +1,12 @@
 """The planned U-Net as a pyramid: every resolution of the decoder predicts, its features disturbed.
 
 The pyramid prediction network of URPC (Luo et al., MICCAI 2021, arXiv 2012.07042) on nnU-Net's planned topology, whose
-deep-supervision heads are the prediction layers.
+deep-supervision heads are the prediction layers. INCL reads the features of its resolutions.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,9 +16,9 @@ from nnssl.networks.planned import PlannedUNet, run_decoder
 
 
 class PyramidUNet(PlannedUNet):
-    """Planned U-Net that can also return the logits of all its resolutions, with dropout and noise before each head.
+    """Planned U-Net that can also return all its resolutions: features, or logits with disturbances before each head.
 
-    Without that mode it is the planned network: same state-dict keys, starting weights and outputs.
+    Without these modes it is the planned network: same state-dict keys, starting weights and outputs.
     """
 
     def forward(
@@ -27,7 +29,8 @@ class PyramidUNet(PlannedUNet):
         pyramid: bool = False,
         dropout: float = 0.0,
         noise: float = 0.0,
-    ) -> Tensor | list[Tensor] | tuple[Tensor | list[Tensor], Tensor]:
+        scales: bool = False,
+    ) -> Any:
         """Return logits, or nnU-Net's deep-supervision list, or with ``pyramid`` the logits of every resolution.
 
         Args:
@@ -37,7 +40,14 @@ class PyramidUNet(PlannedUNet):
             pyramid: return a list of logits (b, C, ...), each at its own resolution, full resolution first.
             dropout: rate at which values of the features are dropped before each head of the pyramid.
             noise: they are multiplied by ``1 + U(-noise, noise)``.
+            scales: return (output, list of the features of every resolution of the decoder, lowest first).
         """
+        if scales:
+            found: list[Tensor] = []
+            output, _ = run_decoder(
+                self.decoder, self._encode(x, None), None, self.decoder.deep_supervision, scales=found
+            )
+            return output, found
         if not pyramid:
             return super().forward(x, t, features)
 

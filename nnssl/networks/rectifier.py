@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from nnssl.diffusion.process import predict_x0, q_sample
 from nnssl.diffusion.samplers import ddim_sample, ddpm_sample, spaced_timesteps
@@ -64,6 +65,8 @@ class RectifierShape:
         prediction: what the denoiser's output is, the clean latent or the noise in it.
         detach_condition: the denoised latent that the latent losses see has a condition without gradient, so that
             they cannot be lowered by an encoder that forgets the label.
+        normalize: the latent has mean 0 and variance 1 over its channels at each voxel, so that its size cannot grow
+            and the noise, whose variance is 1, always hides the same share of it.
         timesteps: T of the diffusion.
         schedule: a key of `SCHEDULES`.
 
@@ -88,6 +91,7 @@ class RectifierShape:
     diffusion: bool = True
     prediction: str = "latent"
     detach_condition: bool = False
+    normalize: bool = False
     timesteps: int = 10
     schedule: str = "cosine"
 
@@ -175,7 +179,8 @@ class Rectifier(nn.Module):
 
     def _context(self, image: Tensor, label: Tensor, from_image: list[Tensor], embedding: Tensor) -> list[Tensor]:
         seen = torch.cat([image, label], 1) if self.shape.context == "both" else label
-        return self.context_encoder(seen, embedding, from_image, self.fusers)
+        features = self.context_encoder(seen, embedding, from_image, self.fusers)
+        return [*features[:-1], normalized(features[-1])] if self.shape.normalize else features
 
     @torch.no_grad()
     def _sample(self, denoiser: nn.Module, condition: Tensor, noise: Tensor, sampling: Sampling) -> Tensor:
@@ -225,6 +230,12 @@ class Denoiser(nn.Module):
         d1 = self.down1(self.pools[0](joined if self.inject == "input" else noised), embedding)
         d2 = self.down2(self.pools[1](d1), embedding)
         return self.up2(self.up1(d2, d1, embedding), joined, embedding)
+
+
+@fp32
+def normalized(latent: Tensor) -> Tensor:
+    """Return a latent (b, width, ...) with mean 0 and variance 1 over its channels at each voxel."""
+    return functional.layer_norm(latent.movedim(1, -1), latent.shape[1:2]).movedim(-1, 1)
 
 
 def pooling(size: Sequence[int]) -> list[list[int]]:

@@ -12,6 +12,14 @@ from nnssl.errors import UserError, nearest
 #: nnU-Net's configurations that nnssl trains; the cascade needs predictions of another stage and is refused.
 CONFIGURATIONS = ("2d", "3d_fullres", "3d_lowres")
 CASCADE = "3d_cascade_fullres"
+#: nnU-Net's normalizations by the names that plans use.
+NORMALIZATIONS = (
+    "CTNormalization",
+    "NoNormalization",
+    "RGBTo01Normalization",
+    "RescaleTo01Normalization",
+    "ZScoreNormalization",
+)
 
 
 @dataclass(frozen=True)
@@ -25,14 +33,20 @@ class Overrides:
         network: another network: ``{"arch_kwargs": {...}}`` changes arguments of the planned one;
             ``{"network_class_name": ..., "arch_kwargs": {...}}`` replaces it, and an argument given as ``"planned"``
             takes the planned network's value.
+        normalization: one of nnU-Net's normalizations for every channel, such as RescaleTo01Normalization, instead of
+            the one that follows from the channels' names.
     """
 
     patch_size: tuple[int, ...] | None = None
     batch_size: int | None = None
     base_features: int | None = None
     network: dict[str, Any] | None = None
+    normalization: str | None = None
 
     def __post_init__(self) -> None:
+        if self.normalization is not None and self.normalization not in NORMALIZATIONS:
+            allowed = nearest(str(self.normalization), NORMALIZATIONS)
+            raise UserError("normalization must be one of nnU-Net's", repr(self.normalization), allowed)
         if self.patch_size is not None:
             object.__setattr__(self, "patch_size", tuple(int(v) for v in self.patch_size))
             if len(self.patch_size) not in (2, 3) or min(self.patch_size) < 1 or max(self.patch_size) < 8:
@@ -136,6 +150,8 @@ def _override_tokens(override: Overrides, preset: str | None) -> list[str]:
         tokens.append(f"b{override.batch_size}")
     if override.base_features:
         tokens.append(f"f{override.base_features}")
+    if override.normalization and not preset:
+        tokens.append(override.normalization.removesuffix("Normalization"))
     if override.network and not preset:
         tokens.append("n" + str(override.network.get("network_class_name", "custom")).rsplit(".", 1)[-1])
     return tokens
@@ -162,7 +178,7 @@ RESERVED_NAMES = (
     "nnssl_verified",
 )
 
-_PLAN_KEYS = ("configuration", "patch_size", "batch_size", "base_features", "spacing", "network")
+_PLAN_KEYS = ("configuration", "patch_size", "batch_size", "base_features", "spacing", "network", "normalization")
 
 
 def plan_section(preset: dict[str, Any] | None) -> dict[str, Any]:

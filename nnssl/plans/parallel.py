@@ -15,6 +15,10 @@ from typing import Any
 from nnssl.errors import UserError
 
 
+class InterruptionError(UserError):
+    """Work that broke off without a fault in the data; what is finished may be kept."""
+
+
 def default_processes() -> int:
     """Return the number of worker processes: ``nnUNet_def_n_proc``, else the cores of this machine, at most 8.
 
@@ -85,7 +89,7 @@ class Workers:
             for future in as_completed(futures):
                 error = future.exception()
                 if isinstance(error, BrokenProcessPool):
-                    raise UserError(
+                    raise InterruptionError(
                         "worker processes must stay alive",
                         "a process that was killed, most often for want of memory",
                         None,

@@ -251,6 +251,8 @@ def apply_overrides(
         notes += _patch_notes(name, override.patch_size, config)
     if override.batch_size:
         config["batch_size"] = override.batch_size
+    if override.normalization:
+        config["normalization_schemes"] = [override.normalization] * len(config["normalization_schemes"])
     if override.network:
         config["architecture"] = changed_network(architecture, override.network)
     else:

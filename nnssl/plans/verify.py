@@ -10,8 +10,8 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Collection, Iterable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -45,6 +45,11 @@ class CaseScan:
     label_problem: str | None = None
     label_values: tuple[tuple[float, int], ...] = ()
 
+    @classmethod
+    def from_json(cls, entry: Mapping) -> CaseScan:
+        """Return the scan of which ``entry`` is the dictionary, after a way through JSON."""
+        return cls(**{**entry, "label_values": tuple((value, voxels) for value, voxels in entry["label_values"])})
+
 
 @dataclass(frozen=True)
 class Verified:
@@ -68,24 +73,55 @@ class _Job(NamedTuple):
     label: Path | None
 
 
+class ImageScanner:
+    """Look at the channel files of a case as they come: content hash, channels, problems."""
+
+    def __init__(self) -> None:
+        self.grid: Geometry | None = None
+        self._digest, self._channels = hashlib.sha256(), 0
+        self._problem: str | None = None
+
+    def add(self, name: str, array: np.ndarray, geometry: Geometry) -> None:
+        """Take in one file.
+
+        Args:
+            name: how a message calls it.
+            array: its voxels (c, z, y, x).
+            geometry: its grid.
+        """
+        _update(self._digest, array, geometry)
+        self._channels += len(array)
+        self._problem = self._problem or _voxel_problem(name, array)
+        if self.grid is not None and (difference := self.grid.difference(geometry)):
+            self._problem = self._problem or f"channels differ in {difference}"
+        self.grid = self.grid or geometry
+
+    def unreadable(self, problem: str) -> CaseScan:
+        """Return the scan of a case with a file that cannot be read."""
+        return CaseScan(None, self._channels, problem)
+
+    def result(
+        self,
+        problem: str | None = None,
+        label_problem: str | None = None,
+        label_values: tuple[tuple[float, int], ...] = (),
+    ) -> CaseScan:
+        """Return the scan; a ``problem`` found elsewhere comes before those of the voxels."""
+        return CaseScan(self._digest.hexdigest(), self._channels, problem or self._problem, label_problem, label_values)
+
+
 def scan_case(images: list[Path], label: Path | None) -> CaseScan:
     """Read a case once: content hash, channels, problems, and the label's values when ``label`` is given."""
-    digest, channels, grid = hashlib.sha256(), 0, None
-    problem = misnumbered(images)
+    scanner = ImageScanner()
     for path in images:
         try:
-            array, geometry = read_array(path)
+            scanner.add(path.name, *read_array(path))
         except ImageReadError as error:
-            return CaseScan(None, channels, f"{path.name}: {error}")
-        _update(digest, array, geometry)
-        channels += len(array)
-        problem = problem or _voxel_problem(path.name, array)
-        if grid is not None and (difference := grid.difference(geometry)):
-            problem = problem or f"channels differ in {difference}"
-        grid = grid or geometry
-    if label is None or grid is None:
-        return CaseScan(digest.hexdigest(), channels, problem)
-    return CaseScan(digest.hexdigest(), channels, problem, *_scan_label(label, grid))
+            return scanner.unreadable(f"{path.name}: {error}")
+    problem = misnumbered(images)
+    if label is None or scanner.grid is None:
+        return scanner.result(problem)
+    return scanner.result(problem, *_scan_label(label, scanner.grid))
 
 
 def count_values(label: np.ndarray) -> dict[float, int]:
@@ -106,7 +142,11 @@ def allowed_label_values(labels: dict) -> set[int]:
 
 
 def verify_raw_dataset(
-    dataset: RawDataset, num_processes: int = 1, check_integrity: bool = True, cache_path: Path | None = None
+    dataset: RawDataset,
+    num_processes: int = 1,
+    check_integrity: bool = True,
+    cache_path: Path | None = None,
+    known: Mapping[str, CaseScan] | None = None,
 ) -> Verified:
     """Check every case of a raw data set and hash every image.
 
@@ -120,6 +160,7 @@ def verify_raw_dataset(
         num_processes: worker processes.
         check_integrity: also read the labels of imagesTr and imagesVal and check grid and values.
         cache_path: JSON file that keeps the scans of unchanged files for the next call.
+        known: ``folder/case`` -> its scan, for cases that need not be read again.
 
     Raises:
         UserError: on every refusal.
@@ -132,12 +173,15 @@ def verify_raw_dataset(
         for folder, members in cases.items()
         for case, images in members.items()
     ]
-    scans = _scan_all(jobs, num_processes, cache_path)
+    scans = _scan_all(jobs, num_processes, cache_path, known or {})
     allowed = allowed_label_values(dataset.json["labels"])
     expected = len(dataset.channel_names)
     for folder in _STRICT:
         for case in cases[folder]:
             _refuse_labeled(f"{folder}/{case}", scans[folder][case], allowed, expected)
+    for case, scan in scans["imagesTs"].items():
+        if scan.label_problem or scan.label_values:  # only ``known`` scans of test cases come with a label
+            _refuse_labeled(f"imagesTs/{case}", replace(scan, problem=None), allowed, None)
     set_aside = _set_aside(dataset, cases, scans, expected)
     unusable = {case for case, scan in scans["imagesUn"].items() if scan.problem}
     _refuse_duplicates(_hashes(scans, unusable))  # also a copy that its patient's role would set aside
@@ -276,7 +320,9 @@ def _warn_absent_classes(dataset: RawDataset, scans: dict[str, CaseScan]) -> Non
 
 def _update(digest, array: np.ndarray, geometry: Geometry) -> None:
     digest.update(json.dumps(geometry.rounded()).encode())
-    digest.update(np.ascontiguousarray(array, dtype=np.float32) + np.float32(0))  # + 0 turns -0.0 into 0.0
+    for part in array.reshape(-1, *array.shape[-2:]):  # a slice at a time stays in the processor's cache
+        values = np.ascontiguousarray(part, dtype=np.float32)
+        digest.update(values if array.dtype.kind in "bui" else values + np.float32(0))  # + 0 turns -0.0 into 0.0
 
 
 def _voxel_problem(name: str, array: np.ndarray) -> str | None:
@@ -310,7 +356,9 @@ def _scan_label(label: Path, grid: Geometry) -> tuple[str | None, tuple[tuple[fl
     return (f"{difference} (image, label)" if difference else None), tuple(count_values(array).items())
 
 
-def _scan_all(jobs: list[_Job], num_processes: int, cache_path: Path | None) -> dict[str, dict[str, CaseScan]]:
+def _scan_all(
+    jobs: list[_Job], num_processes: int, cache_path: Path | None, given: Mapping[str, CaseScan]
+) -> dict[str, dict[str, CaseScan]]:
     """Scan the cases whose files have changed since the cache was written, and return all scans by folder.
 
     What was scanned is kept also when the rest fails or is interrupted: an archive takes hours.
@@ -318,7 +366,10 @@ def _scan_all(jobs: list[_Job], num_processes: int, cache_path: Path | None) -> 
     known = _load_cache(cache_path)
     entries, todo = {}, {}
     for job in jobs:
-        key, stamp = f"{job.folder}/{job.case}", _stamp(job)
+        key = f"{job.folder}/{job.case}"
+        if key in given:
+            continue
+        stamp = _stamp(job)
         if known.get(key, {}).get("stamp") == stamp:
             entries[key] = known[key]
         else:
@@ -335,7 +386,8 @@ def _scan_all(jobs: list[_Job], num_processes: int, cache_path: Path | None) -> 
             write_json_atomically(cache_path, {"version": _CACHE_VERSION, "scans": dict(sorted(entries.items()))})
     scans: dict[str, dict[str, CaseScan]] = {folder: {} for folder in IMAGE_FOLDERS}
     for job in jobs:
-        scans[job.folder][job.case] = _scan_from_json(entries[f"{job.folder}/{job.case}"]["scan"])
+        key = f"{job.folder}/{job.case}"
+        scans[job.folder][job.case] = given[key] if key in given else CaseScan.from_json(entries[key]["scan"])
     return scans
 
 
@@ -350,10 +402,6 @@ def _stat(path: Path) -> os.stat_result:
         return path.stat()
     except OSError:  # a dangling link: the scan itself reports it
         return path.lstat()
-
-
-def _scan_from_json(entry: dict) -> CaseScan:
-    return CaseScan(**{**entry, "label_values": tuple((value, voxels) for value, voxels in entry["label_values"])})
 
 
 def _load_cache(path: Path | None) -> dict[str, dict]:

@@ -31,6 +31,9 @@ from nnssl.training.pseudo_labels import pseudo_label_loss
 
 #: R of a class outside the best ``top`` of an indicator: what F = 0 gives.
 PENALTY = 0.632
+#: Values that the array takes in over a run: the code's, one an epoch. With many more, CC of the best known class comes
+#: so near to 1 that its voxels are never drawn again.
+UPDATES = 300
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,9 @@ class ACISISSettings(TeacherSettings):
     """Settings of ACISIS."""
 
     array_decay: float = option(0.99, "m: decay of the confidence array", low=0, high=0.999999)
-    window: int = option(8, "iterations that each value of the array is taken over (the code: an epoch)", low=1)
+    window: int | None = option(
+        None, "iterations that each value of the array is taken over; none = a 300th of the run", low=1
+    )
     top: int | None = option(
         None, "classes whose rank counts, the others get the penalty; none = all (the code: 12 of 14)", low=1
     )
@@ -62,12 +67,19 @@ def fused_rank(indicators: Tensor, seen: Tensor, top: int | None = None) -> Tens
 
 
 class ConfidenceArray(ClassState):
-    """CC (C,) of the classes, from 0, renewed every ``window`` batches; a class absent from a window keeps its own."""
+    """CC (C,) of the classes, from 0, renewed every ``window`` batches; a class absent from a window keeps its own.
+
+    Args:
+        classes: C.
+        settings: decay, ranking and sign; the window is given apart, since a run decides it where they do not.
+        window: batches a value is taken over.
+        device: where the state lies.
+    """
 
     NAMES = ("value", "sums", "counts", "batches")
 
-    def __init__(self, classes: int, settings: ACISISSettings, device: torch.device | str = "cpu") -> None:
-        self.settings = settings
+    def __init__(self, classes: int, settings: ACISISSettings, window: int, device: torch.device | str = "cpu") -> None:
+        self.settings, self.window = settings, window
         self.value, self.counts = torch.zeros(classes, device=device), torch.zeros(classes, device=device)
         self.sums, self.batches = torch.zeros(3, classes, device=device), torch.zeros((), device=device)
 
@@ -81,7 +93,7 @@ class ConfidenceArray(ClassState):
         if all_ranks:
             dist.all_reduce(added)
         sums, counts, batches = self.sums + added[:3], self.counts + added[3], self.batches + 1
-        due = batches >= s.window
+        due = batches >= self.window
         latest = fused_rank(sums / counts.clamp_min(1), counts > 0, s.top)
         moved = s.array_decay * self.value + (1 - s.array_decay) * latest
         self.value = torch.where(due & (counts > 0), moved, self.value)
@@ -97,8 +109,11 @@ class ACISISTrainer(TeacherMethod):
 
     def build_method(self) -> None:
         super().build_method()
-        self.array = ConfidenceArray(self.label_space.num_heads, self.settings, self.device)
-        self.modules["array"] = self.array
+        s, classes = self.settings, self.label_space.num_heads
+        window = s.window or max(1, self.run_options.total_steps // UPDATES)
+        self.array = self.modules["array"] = ConfidenceArray(classes, s, window, self.device)
+        if s.top is not None and s.top >= classes and s.unsupervised_weight > 0:
+            self.warn(f"top={s.top} leaves no class out: this data set has {classes}")
 
     def labeled_loss(self, output: Any, target: Any) -> Tensor:
         space = self.label_space

@@ -76,14 +76,20 @@ class AdaptiveThresholds(ClassState):
         self.batches = batches.where(~due, torch.zeros_like(batches))
 
     def renewed(self, histogram: Tensor) -> Tensor:
-        """Return the thresholds (C,) of a histogram (C, bins); a class without a voxel keeps its own."""
+        """Return the thresholds (C,) of a histogram (C, bins).
+
+        The most frequent class has tau_1. A class without a voxel keeps its own, and so do all others while rho is 0,
+        which every threshold above all confidences would fulfill.
+        """
         at_least = histogram.flip(1).cumsum(1).flip(1)  # voxels of each class in a bin or above it
         counts = at_least[:, 0]
         shares = at_least / counts.clamp_min(1)[:, None]
         first = min(round(self.major * BINS), BINS - 1)
-        rho = shares[counts.argmax(), first]
+        major = torch.arange(len(counts), device=counts.device) == counts.argmax()
+        rho = (shares[:, first] * major).sum()
         reached = (shares >= rho).sum(1) - 1  # the highest bin above which the share rho still lies
-        return torch.where(counts > 0, reached / BINS, self.value)
+        value = torch.where((counts > 0) & (rho > 0), reached / BINS, self.value)
+        return torch.where((counts > 0) & major, self.major, value)
 
 
 class AdshTrainer(TwoNetworkMethod):

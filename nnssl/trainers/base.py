@@ -144,6 +144,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         noisy = self.settings.supervision != "gt"  # targets may then hold unsure voxels, which every method must know
         self.label_space = LabelSpace.from_label_manager(self.pseudo_manager if noisy else self.label_manager)
         self.partners: dict[str, Partner] = {}
+        self.initial_lrs: dict[str, float] = {}
         self.teachers: dict[str, tuple[str, EMATeacher]] = {}
         self.modules: dict[str, Any] = {}
         self.watch = ForegroundWatch()
@@ -220,24 +221,29 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             broadcast_weights(module)
         return torch.compile(module) if compiled and self._do_i_compile() else module
 
-    def make_optimizer(self, module: nn.Module) -> torch.optim.Optimizer:
-        """Build the optimizer that every network of every method gets."""
-        return make_optimizer(module, self.settings, self.lr_factor)
+    def make_optimizer(self, module: nn.Module, kind: str | None = None) -> torch.optim.Optimizer:
+        """Build the optimizer that every network of every method gets, unless the method names another ``kind``."""
+        return make_optimizer(module, self.settings, self.lr_factor, kind)
 
     def configure_optimizers(self) -> tuple[torch.optim.Optimizer, None]:
         """Return the optimizer of the network; the base steps the learning rate itself, per iteration."""
         return self.make_optimizer(self.network), None
 
-    def add_partner(self, name: str, module: nn.Module, compiled: bool = True) -> nn.Module:
+    def add_partner(
+        self, name: str, module: nn.Module, compiled: bool = True, optimizer: str | None = None, lr: float | None = None
+    ) -> nn.Module:
         """Register a second trained network under the name its optimizer has in ``LossGroup.step``.
 
         Args:
             name: the partner's name.
             module: the network.
             compiled: compile it where nnU-Net compiles; not for inputs whose size changes from step to step.
+            optimizer: "sgd", "adam" or "adamw"; None = that of the predicting network.
+            lr: learning rate at the first step; None = that of the predicting network.
         """
         module = self.wrap(module, compiled)
-        self.partners[name] = Partner(module, self.make_optimizer(module))
+        self.partners[name] = Partner(module, self.make_optimizer(module, optimizer))
+        self.initial_lrs[name] = self.settings.initial_lr if lr is None else lr
         return module
 
     def add_teacher(self, name: str, source: str, decay: float) -> nn.Module:
@@ -333,7 +339,8 @@ class SemiSupervisedTrainer(nnUNetTrainer):
     def learning_rate(self, name: str = "network") -> float:
         """Return a network's learning rate at this step: nnU-Net's poly decay, per iteration, or constant."""
         s = self.settings
-        rate = s.initial_lr * ((1 - self.fraction) ** 0.9 if s.lr_schedule == "poly" else 1.0)
+        decay = (1 - self.fraction) ** 0.9 if s.lr_schedule == "poly" else 1.0
+        rate = self.initial_lrs.get(name, s.initial_lr) * decay
         return rate * min(1.0, (self.global_step + 1) / s.warmup) if s.warmup else rate
 
     def lr_factor(self, name: str) -> float:

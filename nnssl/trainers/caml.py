@@ -79,6 +79,9 @@ class CAMLTrainer(SemiSupervisedTrainer):
         )
         self.heads = self.add_partner("heads", heads, compiled=False)  # the number of voxels changes
         self.memory = self.modules["memory"] = MemoryBank(s.bank_capacity, device=self.device)
+        if s.correlation_weight == 0 and s.unsupervised_weight > 0:
+            unused = "tau, memory, bank_capacity, voxels and dim have no effect"
+            self.warn(f"correlation_weight=0: heads and memory rest; {unused}")
 
     def branches(self, x: Tensor) -> dict[str, Tensor]:
         return {"network": self.predict_logits(x), "peer": full_resolution(self.peer(x))}
@@ -117,6 +120,7 @@ class CAMLTrainer(SemiSupervisedTrainer):
     @torch.no_grad()
     def _remember(self, features: list[Tensor], truth: Tensor, correct: Tensor, cases: list[str]) -> None:
         """Store the mean projection of both networks of correctly classified voxels, one slot a case."""
+        stored, projected, classes = [], [], []
         for case in dict.fromkeys(cases):
             items = [i for i, key in enumerate(cases) if key == case]
             labels = truth[items].flatten().long()
@@ -126,7 +130,10 @@ class CAMLTrainer(SemiSupervisedTrainer):
                 v, a = (
                     self.heads[f"project_{who}"](rows(f[items])[index]) for who, f in zip("va", features, strict=True)
                 )
-                self.memory.push([case], [(v + a) / 2], [labels[index]])
+                stored.append(case)
+                projected.append((v + a) / 2)
+                classes.append(labels[index])
+        self.memory.push(stored, projected, classes, all_ranks=self.is_ddp)
 
     def _correlate(self, features: list[Tensor], label: Tensor, agree: Tensor, certainty: Tensor) -> Tensor:
         """Return the consistency of correlations over the most certain voxels of each class where both agree."""

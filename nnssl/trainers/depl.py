@@ -7,7 +7,8 @@ unlabeled crops, z its logits; y and its probability come from the teaching peer
     p~ = softmax(z - tau log q)          y = argmax p~          kept where max p~ >= threshold
     L_u = 1/N sum_voxels kept CE(z_i + tau log q_j, y_j)        rejected voxels count in N, not in the sum
 
-The second line's shift is the adaptive margin: a learner must beat it for the classes that its teacher favors less.
+The second line's shift is the adaptive margin: a learner must beat it for the classes that its teacher favors less. p~
+has the q of the steps before, the margin that of this step, as in DHC's repository.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from nnssl.training.pseudo_labels import pseudo_label_loss
 class DePLSettings(UnsupervisedSettings):
     """Settings of DePL."""
 
-    unsupervised_weight: float = option(1.0, "lambda: weight of both cross terms at the end of its schedule", low=0)
+    unsupervised_weight: float = option(0.1, "lambda: weight of both cross terms at the end of its schedule", low=0)
     tau: float = option(0.5, "how much of the bias is taken off (DHC's version: 1)", low=0)
     threshold: float = option(0.95, "least debiased probability that is kept (DHC's version: 0.9)", low=0, high=1)
     prior_decay: float = option(0.999, "decay of the moving average q (DHC's version: 0.99)", low=0, high=0.999999)

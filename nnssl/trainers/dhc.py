@@ -60,7 +60,8 @@ class DHCTrainer(ClassWeightedMethod):
     def observe_labels(self, name: str, logits: Tensor, target: Tensor) -> None:
         space, valid = self.label_space, self.label_space.valid(target)
         if name == "peer":
-            self.distribution.start(self.count(target, valid))
+            if self.distribution.waits():
+                self.distribution.start(self.count(target, valid))
             return
         predicted = space.one_hot(space.harden(logits)) * valid
         self.difficulty.update(count_voxels(predicted, space.one_hot(target), self.is_ddp))

@@ -120,7 +120,7 @@ class DiffCLTrainer(SemiSupervisedTrainer):
             "loss_ds_supervised": self._supervised(ds.labeled, batch["target"], beta_d),  # L_s^d
             "loss_ds_cross": s.mu_d * mu * self._cross(ds.unlabeled, y_u, s.lambda_d, valid),  # eq. 18
         }
-        agreement = (y_u == pseudo_label)[valid].float().mean()
+        agreement = ((y_u == pseudo_label) & valid).sum() / valid.sum().clamp_min(1)
         yield LossGroup(
             loss_ds, step=("ds",), log={"agreement": agreement, "mu": torch.as_tensor(mu, device=self.device)}
         )  # eq. 16
@@ -203,6 +203,7 @@ class DiffCLTrainer(SemiSupervisedTrainer):
         if self.settings.eta == 0:
             return
         correct = (ds.hard_labeled == truth) & self.label_space.valid(truth)
+        stored, projected, classes = [], [], []
         for case in dict.fromkeys(cases):
             items = [i for i, key in enumerate(cases) if key == case]
             features = torch.cat([ds.features_labeled[i].flatten(1).T for i in items])
@@ -210,7 +211,10 @@ class DiffCLTrainer(SemiSupervisedTrainer):
             voxels = choose_per_class(labels, eligible, self.settings.bank_capacity)
             if voxels:
                 index = torch.cat(list(voxels.values()))
-                self.bank.push([case], [self.projection(features[index])], [labels[index]])
+                stored.append(case)
+                projected.append(self.projection(features[index]))
+                classes.append(labels[index])
+        self.bank.push(stored, projected, classes, all_ranks=self.is_ddp)
 
     def _contrast(self, cs: Outputs, valid: Tensor) -> Tensor:
         """Return L_cl (eqs. 11-15) of q random unlabeled voxels against the bank."""

@@ -81,7 +81,7 @@ class DiffRectTrainer(SemiSupervisedTrainer):
         self.time_steps = torch.tensor(list(every), device=self.device)
         rectifier = Rectifier(shape)
         self.latent_shape = (shape.width * 2 ** len(shape.strides), *latent_size(shape))
-        self.rectifier = self.add_partner("rectifier", rectifier)
+        self.rectifier = self.add_partner("rectifier", rectifier, optimizer=s.rectifier_optimizer, lr=s.rectifier_lr)
         steps = self.run_options.total_steps
         if not self._rect_begun(steps - 1):
             self.warn(f"L_Rect never starts within {steps} iterations: lower rect_start or rect_start_iteration")
@@ -89,7 +89,7 @@ class DiffRectTrainer(SemiSupervisedTrainer):
     def learning_rate(self, name: str = "network") -> float:
         """Return the learning rate of a network; the rectifier's may stay constant, as in the authors' code."""
         if name == "rectifier" and self.settings.rectifier_lr_schedule == "constant":
-            return self.settings.initial_lr
+            return self.settings.rectifier_lr
         return super().learning_rate(name)
 
     def branches(self, x: Tensor) -> dict[str, Tensor]:

@@ -58,9 +58,13 @@ class DiffRectSettings(UnsupervisedSettings):
     coloring: str = option("published", "colors of the classes", choices=SCHEMES)
     guidance: str = option("dice", "agreement behind tau (none: no guidance)", choices=("none", *MEASURES))
     guidance_form: str = option("distance", "tau = 999 (1 - agreement), or agreement", choices=("distance", "overlap"))
-    guidance_per_item: bool = option(True, "one tau an item (the code: one a batch)")
-    guidance_present: bool = option(True, "average over the classes present (the code: all, an absent one counts 1)")
-    guidance_ema: float = option(0.0, "decay of the labeled tau used to rectify; 0 = this step's", low=0, high=0.999)
+    guidance_per_item: bool = option(False, "one tau an item instead of one a batch, as in the code")
+    guidance_present: bool = option(
+        True, "average over the classes of the better map (the code: all, one absent from both counts 1)"
+    )
+    guidance_ema: float = option(
+        0.9, "decay of the labeled tau used to rectify; 0 = this step's, as in the code", low=0, high=0.999
+    )
     rectify_guidance: str = option(
         "labeled",
         "tau when rectifying u: labeled = that of labeled items, own = strong against weak label (the paper)",
@@ -83,7 +87,10 @@ class DiffRectSettings(UnsupervisedSettings):
         "visited", "time steps R trains at: those a sampling visits, or all (the code)", choices=("visited", "all")
     )
     prediction: str = option("latent", "what the denoiser predicts", choices=CHOICES["prediction"])
-    detach_condition: bool = option(False, "L_Lat trains the denoiser alone, not the condition's encoder")
+    detach_condition: bool = option(
+        True, "L_Lat trains the denoiser alone, not the condition's encoder (the code: false)"
+    )
+    normalize_latent: bool = option(True, "latents have mean 0 and variance 1 over channels (the code: false)")
     sample_dropout: bool = option(False, "dropout and batch statistics stay on while R samples (the code: true)")
     clamp: bool = option(False, "clamp sampled latents to -1..1 (the code: true)")
     inject: str = option("input", "where the condition enters the denoiser (the code: skip)", choices=CHOICES["inject"])
@@ -98,7 +105,7 @@ class DiffRectSettings(UnsupervisedSettings):
     )
     s2w_target: str = option("rectified", "label of the strong-to-weak pass", choices=("rectified", "weak"))
     s2w_image: str = option("strong", "image beside the better map of strong-to-weak", choices=("strong", "weak"))
-    s2g: bool = option(False, "strong-to-ground-truth too: strong labeled views learn the truth (ours)")
+    s2g: bool = option(True, "strong-to-ground-truth too: strong labeled views learn the truth (ours)")
     latent_rows: str = option(
         "own", "items of the latent losses: own = L or U (the paper), all (the code)", choices=("own", "all")
     )
@@ -110,7 +117,11 @@ class DiffRectSettings(UnsupervisedSettings):
     rectifier_width: int | None = option(
         None, "channels of the rectifier at full resolution; none = half of the plan's (the code: 16)", low=4
     )
-    rectifier_dropout: bool = option(True, "dropout in its encoders, at the literature's rates")
+    rectifier_dropout: bool = option(False, "dropout in its encoders, at the literature's rates (the code: true)")
+    rectifier_optimizer: str = option(
+        "adamw", "its optimizer (the code: sgd, lr 0.01)", choices=("sgd", "adam", "adamw")
+    )
+    rectifier_lr: float = option(1e-3, "its learning rate at the first step (the code: 0.01)", low=1e-8)
     rectifier_lr_schedule: str = option("poly", "its learning rate (the code: constant)", choices=("poly", "constant"))
 
     def validate(self) -> None:
@@ -213,6 +224,7 @@ def rectifier_shape(
         diffusion=settings.diffusion,
         prediction=settings.prediction,
         detach_condition=settings.detach_condition,
+        normalize=settings.normalize_latent,
         timesteps=settings.timesteps,
         schedule=settings.noise_schedule,
     )

@@ -70,6 +70,11 @@ class DSTTrainer(SemiSupervisedTrainer):
         upsampling = ["transposed", "transposed"]
         extend_planned(plans["configurations"][configuration], NETWORK, upsampling=upsampling)
 
+    def build_method(self) -> None:
+        self.worst = (WORST,) if self.settings.reversal > 0 else ()
+        if not self.worst and self.settings.unsupervised_weight > 0:
+            self.warn("reversal=0: nothing of h_worst would reach the encoder, so it rests and eta has no effect")
+
     def branches(self, x: Tensor) -> dict[str, Tensor]:
         return {
             name: full_resolution(z)
@@ -91,20 +96,22 @@ class DSTTrainer(SemiSupervisedTrainer):
             yield LossGroup({"loss_supervised": loss}, step=("network",))
             return
         s, space, truth = self.settings, self.label_space, full_resolution(target)
-        main, worst = self.decode(batch["data"], MAIN, WORST)
-        right = cross_entropy(full_resolution(worst), truth, space.valid(truth))
-        terms = {"loss_supervised": self.supervised_loss(main, target), "loss_worst_labeled": weight * s.eta * right}
-        del main, worst, right  # the graph must be gone before the unlabeled pass
+        main, *worst = self.decode(batch["data"], MAIN, *self.worst)
+        terms = {"loss_supervised": self.supervised_loss(main, target)}
+        if worst:
+            right = cross_entropy(full_resolution(worst[0]), truth, space.valid(truth))
+            terms["loss_worst_labeled"] = weight * s.eta * right
+            del right
+        del main, worst  # the graph must be gone before the unlabeled pass
         yield LossGroup(terms)
         with torch.no_grad():
             q = space.probs(self.predict_logits(unlabeled["weak"]))
         torch.clear_autocast_cache()  # half copies of weights made without gradient must not serve the next pass
         label, kept, valid = space.harden(q), space.confidence(q) >= s.threshold, unlabeled["valid"]
         self.watch_foreground("network", label, valid)
-        pseudo, worst = (full_resolution(z) for z in self.decode(unlabeled["strong"], PSEUDO, WORST))
+        pseudo, *worst = (full_resolution(z) for z in self.decode(unlabeled["strong"], PSEUDO, *self.worst))
         self.watch_foreground("pseudo", space.harden(pseudo.detach()), valid)
-        terms = {
-            "loss_pseudo_label": weight * pseudo_label_loss(space, pseudo, label, valid, kept.float()),
-            "loss_worst_unlabeled": weight * wrong_on(worst, label, valid),
-        }
+        terms = {"loss_pseudo_label": weight * pseudo_label_loss(space, pseudo, label, valid, kept.float())}
+        if worst:
+            terms["loss_worst_unlabeled"] = weight * wrong_on(worst[0], label, valid)
         yield LossGroup(terms, step=("network",), log={"kept": (kept & valid).sum() / valid.sum().clamp_min(1)})

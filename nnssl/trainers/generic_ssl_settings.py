@@ -63,13 +63,13 @@ class GenericSSLSettings(UnsupervisedSettings):
     pl_dice: float = option(0.0, "weight of the Dice against pseudo-labels (the paper: 1)", low=0)
     # ------------------------------------------------------------------ difficulty-aware re-weighting (DRS)
     drs: bool = option(True, "difficulty-aware class weights in psi's loss")
-    drs_branch: str = option("xi", "branch whose Dice tells the difficulty", choices=("xi", "psi"))
+    drs_branch: str = option("psi", "branch whose Dice tells the difficulty (the code: xi)", choices=("xi", "psi"))
     drs_alpha: float = option(0.2, "alpha: exponent of the difficulty", low=0)
     drs_window: int = option(50, "tau: iterations remembered", low=1)
     drs_memory: str = option(
         "average", "how: a moving average (the code), or a sum over the last tau (the paper)", choices=MEMORIES
     )
-    drs_norm: str = option("none", "W: K d w (the code), d w (the paper), K d w / max d w (DHC)", choices=NORMS)
+    drs_norm: str = option("max", "W: K d w (the code), d w (the paper), K d w / max d w (DHC)", choices=NORMS)
     drs_hold: bool = option(True, "leave absent classes alone (the code: an absent class has Dice 1/2)")
     drs_background: bool = option(False, "psi's Dice counts the background too (the paper: true)")
 

@@ -23,7 +23,7 @@ class TrainerInfo:
         method: name of the method in the literature.
         paper: where it was published.
         family: mechanism, in the field's words.
-        step_cost: counted cost of a step in supervised steps, with as many unlabeled as labeled items.
+        step_cost: counted cost of a step's networks in supervised steps, with as many unlabeled as labeled items.
         memory_factor: memory in units of the supervised trainer at the same plan.
         predicts: which network the checkpoint's ``network_weights`` hold.
     """
@@ -161,7 +161,7 @@ TRAINERS: dict[str, TrainerInfo] = {
         "DiffRect",
         "Liu et al., MICCAI 2024",
         "weak and strong views, latent diffusion rectifies pseudo-labels",
-        4.9,
+        5.5,
         2.2,
         "the segmentation network",
     ),
@@ -191,6 +191,15 @@ TRAINERS: dict[str, TrainerInfo] = {
         7 / 3,
         1.3,
         "the student",
+    ),
+    "INCLTrainer": TrainerInfo(
+        "nnssl.trainers.incl",
+        "INCL",
+        "Zhu et al., MIDL 2023",
+        "class queries on the decoder, consistent between a labeled and an unlabeled reader",
+        2.0,
+        1.1,
+        "the network (both readers lie beside it)",
     ),
     "MCNetTrainer": TrainerInfo(
         "nnssl.trainers.mc_net",

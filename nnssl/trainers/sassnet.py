@@ -5,7 +5,10 @@ Li, Zhang, He, "Shape-aware Semi-supervised 3D Semantic Segmentation for Medical
 unlabeled (0)::
 
     network, head:  L_seg(p, y) + alpha mean (z - z*)^2 + beta CE(D(z_u, x_u), 1)
-    adversary:      CE(D(z_l, x_l), 1) + CE(D(z_u, x_u), 0)      one mean over the crops; z constant
+    adversary:      1/2 CE(D(z_l, x_l), 1) + 1/2 CE(D(z_u, x_u), 0)      means over the crops; z constant
+
+Labeled crops that nnU-Net cuts around foreground are none of x_l: unlabeled ones are cut anywhere, and D would tell the
+streams by how they are cropped, and reward foreground where there is none.
 
 The network's term is the form that keeps a gradient when the adversary wins, as in the authors' code; the paper writes
 the minimax.
@@ -18,6 +21,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -84,6 +88,14 @@ class SASSNetTrainer(DistanceMethod):
         module = self.wrap(ShapeAdversary(self.distances, self.num_input_channels, patch, s.adversary_width), False)
         self.adversary = module
         self.partners["adversary"] = Partner(module, torch.optim.Adam(module.parameters(), s.adversary_lr))
+        # nnU-Net's loader cuts the last items of a batch around foreground (_oversample_last_XX_percent)
+        self.uniform = round(self.batch_size * (1 - self.oversample_foreground_percent))
+        counts = torch.tensor([float(self.uniform), 1.0], device=self.device)
+        if self.is_ddp:  # ranks differ in how many such crops they have, some have none
+            dist.all_reduce(counts)
+        self.uniform_mean = (counts[0] / counts[1]).item()
+        if self.uniform_mean == 0 and s.unsupervised_weight > 0:
+            self.warn("every labeled crop is cut around foreground: the adversary sees no labeled one")
 
     def learning_rate(self, name: str = "network") -> float:
         return self.settings.adversary_lr if name == "adversary" else super().learning_rate(name)
@@ -92,7 +104,7 @@ class SASSNetTrainer(DistanceMethod):
         """Yield the labeled terms, the adversarial term of the network, and the adversary's own loss."""
         images, unlabeled = batch["data"], batch["unlabeled"]
         output, _, z = self.both_tasks(images)
-        z_labeled = z.detach()
+        z_labeled, x_labeled = z[: self.uniform].detach(), images[: self.uniform]
         terms = self.labeled_terms(output, z, batch["target"])
         del output, z  # the graph must be gone before the unlabeled pass
         yield LossGroup(terms)
@@ -103,9 +115,12 @@ class SASSNetTrainer(DistanceMethod):
         terms = {"loss_shape": weight * self._fool(z, unlabeled["strong"])}
         del output, z
         yield LossGroup(terms, step=("network", "distance"))
-        logits = self.adversary(torch.cat([z_labeled, z_unlabeled]), torch.cat([images, unlabeled["strong"]]))
-        truth = torch.arange(len(logits), device=logits.device) < len(images)
-        loss = functional.cross_entropy(logits, truth.long())
+        logits = self.adversary(torch.cat([z_labeled, z_unlabeled]), torch.cat([x_labeled, unlabeled["strong"]]))
+        count = len(x_labeled)
+        truth = torch.arange(len(logits), device=logits.device) < count
+        each = functional.cross_entropy(logits, truth.long(), reduction="none")
+        # divided by the mean over ranks, so that the mean of their gradients is that of one process
+        loss = each[:count].sum() / (2 * max(self.uniform_mean, 1e-8)) + each[count:].mean() / 2
         found = (logits.argmax(1) == truth).float().mean()
         yield LossGroup({"loss_adversary": loss}, step=("adversary",), log={"adversary_accuracy": found})
 

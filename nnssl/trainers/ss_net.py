@@ -67,6 +67,9 @@ class SSNetTrainer(SemiSupervisedTrainer):
         self.heads = self.add_partner("heads", heads, compiled=False)
         self.memory = MemoryBank(s.prototypes, 1, self.device)  # one slot a class
         self.modules["prototypes"] = self.memory
+        if s.separation_weight == 0 and s.unsupervised_weight > 0:
+            unused = "prototypes, dim, voxels and prototype_weights have no effect"
+            self.warn(f"separation_weight=0: heads and prototypes rest; {unused}")
 
     def compute_losses(self, batch: dict[str, Any]) -> Iterator[LossGroup]:
         """Yield the supervised loss, and of each batch first the class separation, then the smoothness."""
@@ -81,19 +84,25 @@ class SSNetTrainer(SemiSupervisedTrainer):
         valid = self.label_space.valid(truth)
         output, features = self.network(images, features=True)
         probs = self.label_space.probs(full_resolution(output)).detach()
-        self._remember(features, truth, valid & (self.label_space.harden(probs) == truth) & (truth > 0))
         terms = {"loss_supervised": self.supervised_loss(output, batch["target"])}
-        terms["loss_separation_labeled"] = weight * omega * self._separation(features, truth, valid)
+        if omega > 0:
+            self._remember(features, truth, valid & (self.label_space.harden(probs) == truth) & (truth > 0))
+            terms["loss_separation_labeled"] = weight * omega * self._separation(features, truth, valid)
         del output, features  # each graph must be gone before the next pass
         yield LossGroup(terms)
         yield LossGroup({"loss_smooth_labeled": weight * share * self._smoothness(images, probs, valid)})
-        output, features = self.network(unlabeled["strong"], features=True)
+        with torch.set_grad_enabled(omega > 0):  # without C this pass only gives f(x)
+            output, features = self.network(unlabeled["strong"], features=True)
+        torch.clear_autocast_cache()  # half copies of weights made without gradient must not serve the next pass
         probs = self.label_space.probs(full_resolution(output)).detach()
         hard, valid = self.label_space.harden(probs), unlabeled["valid"]
         self.watch_foreground("network", hard, valid)
-        terms = {"loss_separation_unlabeled": weight * omega * self._separation(features, hard, valid)}
+        terms = {}
+        if omega > 0:
+            terms["loss_separation_unlabeled"] = weight * omega * self._separation(features, hard, valid)
         del output, features
-        yield LossGroup(terms)
+        if terms:
+            yield LossGroup(terms)
         terms = {"loss_smooth_unlabeled": weight * (1 - share) * self._smoothness(unlabeled["strong"], probs, valid)}
         yield LossGroup(terms, step=("network", "heads"))
 
@@ -108,11 +117,15 @@ class SSNetTrainer(SemiSupervisedTrainer):
     @torch.no_grad()
     def _remember(self, features: Tensor, truth: Tensor, correct: Tensor) -> None:
         """Make the projections of correctly classified voxels that a class's selector ranks highest its prototypes."""
+        classes, prototypes, labels = [], [], []
         for c, voxels in self._voxels(features, truth, correct).items():
             projected = self.heads.projector(voxels)
             best = projected[self.heads.embedding_selectors[c - 1](projected).argsort(descending=True)]
             best = best[: self.settings.prototypes]
-            self.memory.push([str(c)], [best], [torch.full((len(best),), c, device=best.device)])
+            classes.append(str(c))
+            prototypes.append(best)
+            labels.append(torch.full((len(best),), c, device=best.device))
+        self.memory.push(classes, prototypes, labels, all_ranks=self.is_ddp)
 
     def _separation(self, features: Tensor, label: Tensor, valid: Tensor) -> Tensor:
         """Return C of a batch: the sum over classes with prototypes, divided by the number of classes."""

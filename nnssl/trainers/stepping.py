@@ -74,14 +74,17 @@ def parameter_groups(module: nn.Module, weight_decay: float, lr_factor: Callable
 
 
 def make_optimizer(
-    module: nn.Module, settings: Settings, lr_factor: Callable[[str], float] = lambda _: 1.0
+    module: nn.Module,
+    settings: Settings,
+    lr_factor: Callable[[str], float] = lambda _: 1.0,
+    kind: str | None = None,
 ) -> torch.optim.Optimizer:
-    """Build the optimizer that the settings name: nnU-Net's SGD, Adam (coupled decay) or AdamW."""
-    groups = parameter_groups(module, settings.weight_decay, lr_factor)
+    """Build the optimizer that ``kind``, or else the settings, name: nnU-Net's SGD, Adam (coupled decay) or AdamW."""
+    groups, kind = parameter_groups(module, settings.weight_decay, lr_factor), kind or settings.optimizer
     lr, decay = settings.initial_lr, settings.weight_decay
-    if settings.optimizer == "adam":
+    if kind == "adam":
         return torch.optim.Adam(groups, lr, weight_decay=decay)
-    if settings.optimizer == "adamw":
+    if kind == "adamw":
         return torch.optim.AdamW(groups, lr, weight_decay=decay)
     nesterov = settings.nesterov and settings.momentum > 0
     return torch.optim.SGD(groups, lr, momentum=settings.momentum, nesterov=nesterov, weight_decay=decay)

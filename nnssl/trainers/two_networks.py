@@ -92,7 +92,8 @@ class TwoNetworkMethod(SemiSupervisedTrainer):
         for name, label in hard.items():
             self.watch_foreground(name, label, valid)
         terms = {f"loss_cross_{name}": weight * self.cross_loss(name, logits, hard, valid) for name in TEACHER}
-        agreement = (hard["network"] == hard["peer"])[valid.expand_as(hard["peer"])].float().mean()
+        alike = (hard["network"] == hard["peer"]) & valid
+        agreement = alike.sum() / valid.expand_as(alike).sum().clamp_min(1)
         yield LossGroup(terms, step=("network", "peer"), log={"agreement": agreement, **log})
 
 
@@ -163,7 +164,8 @@ class CountWeightedMethod(ClassWeightedMethod):
         return self.weights[name].value
 
     def observe_labels(self, name: str, logits: Tensor, target: Tensor) -> None:
-        self.weights[name].start(self.count(target, self.label_space.valid(target)))
+        if self.weights[name].waits():
+            self.weights[name].start(self.count(target, self.label_space.valid(target)))
 
     def observe(self, logits: ByName, hard: ByName, valid: Tensor) -> ByName:
         for name, weights in self.weights.items():

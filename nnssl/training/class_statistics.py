@@ -96,6 +96,19 @@ class ClassWeights(ClassState):
         self.rule, self.decay = rule, decay
         self.value = torch.ones(classes, device=device)  # W
         self.started = torch.zeros((), dtype=torch.bool, device=device)
+        self._waiting = True
+
+    def waits(self) -> bool:
+        """Return whether :meth:`start` would still change anything, so that counts need not be made in vain.
+
+        The same on all ranks, since counts are. Once started, this no longer asks the device.
+        """
+        self._waiting = self._waiting and not bool(self.started)
+        return self._waiting
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        super().load_state_dict(state)
+        self._waiting = True
 
     def start(self, counts: Tensor) -> None:
         """Take the rule's weights of these counts (C,) for the first value; later calls change nothing."""

@@ -24,11 +24,11 @@ def agreement(
 
     Args:
         a: one-hot (b, C, ...), background included.
-        b: one-hot (b, C, ...).
+        b: one-hot (b, C, ...), the better map.
         measure: "dice", "jaccard" or "both"; "fixed" gives 0.5 and "random" a uniform number, whatever the maps.
         valid: bool (b, 1, ...), True where a voxel counts.
         per_item: False counts over the whole batch and repeats the number.
-        present_only: average over the classes that either map holds; False counts a class absent from both as 1.
+        present_only: average over the classes that b holds; False over all, one absent from both counts 1.
     """
     if measure in ("fixed", "random"):
         values = torch.rand(len(a) if per_item else 1, device=a.device) if measure == "random" else a.new_tensor([0.5])
@@ -40,8 +40,9 @@ def agreement(
     dice = (2 * overlap + SMOOTH) / (total + SMOOTH)
     jaccard = (overlap + SMOOTH) / (total - overlap + SMOOTH)
     values = {"dice": dice, "jaccard": jaccard, "both": dice + jaccard}[measure]
-    present = total > 0
-    # two maps of which no voxel counts differ nowhere
+    # a class that a alone holds lowers the others' agreement; as a class of its own one false voxel would halve it
+    present = b.sum(axes, keepdim=True) > 0
+    # a better map of which no voxel counts is differed from nowhere
     counted = (present | ~present.any(1, keepdim=True)).float() if present_only else torch.ones_like(total)
     per_row = (values * counted).sum(1).flatten() / counted.sum(1).flatten()
     return per_row.expand(len(a))

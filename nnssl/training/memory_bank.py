@@ -10,7 +10,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+
+#: Features of one case by class.
+Slot = dict[int, Tensor]
 
 
 def choose(count: int, limit: int, device: torch.device, generator: torch.Generator | None = None) -> Tensor:
@@ -61,7 +65,7 @@ class MemoryBank:
             raise ValueError(f"capacity and min_available are at least 1, got {capacity} and {min_available}")
         self.capacity, self.min_available = capacity, min_available
         self.device = torch.device(device if device is not None else "cpu")
-        self._slots: dict[str, dict[int, Tensor]] = {}
+        self._slots: dict[str, Slot] = {}
 
     @torch.no_grad()
     def push(
@@ -70,29 +74,33 @@ class MemoryBank:
         features: Sequence[Tensor],
         labels: Sequence[Tensor],
         generator: torch.Generator | None = None,
+        all_ranks: bool = False,
     ) -> None:
         """Replace the slots of the given cases.
 
-        A case that occurs twice in one call keeps its last visit.
+        A case that occurs twice in one call keeps its last visit, over all ranks if they share what they push.
 
         Args:
             case_ids: names of the cases.
             features: per case (M, d), projected features of correctly predicted voxels.
             labels: per case integer labels (M,).
             generator: source of randomness; None for torch's global one.
+            all_ranks: store what every process pushes, in the order of ranks, so that their banks stay equal. Every
+                process must call then, those without a case with empty lists.
 
         Raises:
             ValueError: lengths do not fit.
         """
         if not len(case_ids) == len(features) == len(labels):
             raise ValueError(f"{len(case_ids)} cases, {len(features)} features and {len(labels)} labels differ")
+        slots: list[tuple[str, Slot]] = []
         for case, feature, label in zip(case_ids, features, labels, strict=True):
             if feature.ndim != 2 or label.shape != feature.shape[:1]:
                 raise ValueError(f"{case}: features {tuple(feature.shape)} and labels {tuple(label.shape)} do not fit")
             chosen = choose_per_class(label, torch.ones_like(label, dtype=torch.bool), self.capacity, generator)
-            self._slots[str(case)] = {
-                c: feature.detach()[index].to(self.device, torch.float32) for c, index in chosen.items()
-            }
+            slot = {c: feature.detach()[index].to(self.device, torch.float32) for c, index in chosen.items()}
+            slots.append((str(case), slot))
+        self._slots.update(_of_all_ranks(slots, self.device) if all_ranks else slots)
 
     def available(self) -> dict[int, int]:
         """Return the number of stored features of each class, classes ascending."""
@@ -145,3 +153,27 @@ class MemoryBank:
             str(case): {int(c): feature.to(self.device, torch.float32) for c, feature in slot.items()}
             for case, slot in state.items()
         }
+
+
+def _of_all_ranks(slots: list[tuple[str, Slot]], device: torch.device) -> list[tuple[str, Slot]]:
+    """Return the slots of every process, in the order of ranks: one collective for their sizes, one for features."""
+    own = [feature for _, slot in slots for feature in slot.values()]
+    sizes = [(case, {c: len(feature) for c, feature in slot.items()}) for case, slot in slots]
+    described: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(described, (sizes, own[0].shape[1] if own else 0))
+    dim = max(dim for _, dim in described)
+    longest = max(sum(n for _, slot in theirs for n in slot.values()) for theirs, _ in described)
+    padded = torch.zeros(longest, dim, device=device)  # a collective takes tensors of one shape
+    if own:
+        padded[: sum(map(len, own))] = torch.cat(own)
+    parts = [torch.empty_like(padded) for _ in described]
+    dist.all_gather(parts, padded)
+    gathered = []
+    for (theirs, _), part in zip(described, parts, strict=True):
+        start = 0
+        for case, counts in theirs:
+            slot = {}
+            for c, count in counts.items():
+                slot[c], start = part[start : start + count].clone(), start + count
+            gathered.append((case, slot))
+    return gathered

@@ -7,6 +7,9 @@ and Li et al., "Shape-aware Semi-supervised 3D Semantic Segmentation for Medical
 
 from __future__ import annotations
 
+import os
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -23,7 +26,8 @@ def distance_maps(space: LabelSpace, target: Tensor) -> tuple[Tensor, Tensor]:
     """Return the signed distance maps of a target (b, K, ...) float32, and bool (b, K, ...) where they are known.
 
     K counts the foreground classes, or the regions. A distance is known where no ignored voxel is nearer than the
-    boundary. Computed on the CPU, by two exact Euclidean distance transforms a channel and image.
+    boundary. Computed on the CPU, by two exact Euclidean distance transforms for each channel that is present in an
+    image, on all cores: SciPy and NumPy release the interpreter's lock while they compute.
 
     Args:
         space: what the target means.
@@ -32,8 +36,12 @@ def distance_maps(space: LabelSpace, target: Tensor) -> tuple[Tensor, Tensor]:
     masks = foreground(space, space.one_hot(target)).bool().cpu().numpy()
     ignored = ~space.valid(target).cpu().numpy()
     maps, known = np.empty(masks.shape, np.float32), np.empty(masks.shape, bool)
-    for item, channel in np.ndindex(*masks.shape[:2]):
-        maps[item, channel], known[item, channel] = signed_distance(masks[item, channel], ignored[item, 0])
+
+    def transform(pair: tuple[int, ...]) -> None:
+        maps[pair], known[pair] = signed_distance(masks[pair], ignored[pair[0], 0])
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(transform, np.ndindex(*masks.shape[:2])))  # a list: it raises what a thread raised
     return torch.from_numpy(maps).to(target.device), torch.from_numpy(known).to(target.device)
 
 
@@ -55,7 +63,10 @@ def signed_distance(mask: BoolArray, ignored: BoolArray | None = None) -> tuple[
     """
     unknown = np.zeros_like(mask) if ignored is None else ignored
     outside = ~mask & ~unknown
-    distance = np.where(mask, _distance_to(outside), _distance_to(mask))  # to the nearest voxel of the other side
+    # to the nearest voxel of the other side; where a side is empty no voxel asks for the distance to the other
+    inward = _distance_to(outside) if mask.any() else np.inf
+    outward = _distance_to(mask) if outside.any() else np.inf
+    distance = np.where(mask, inward, outward)
     known = ~unknown & (distance <= _distance_to(unknown))
     result = np.zeros(mask.shape, np.float32)
     for side, sign in ((outside & known, 1), (mask & known, -1)):

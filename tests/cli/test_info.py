@@ -37,6 +37,11 @@ def test_datasets_carry_licence_and_source(capsys: pytest.CaptureFixture) -> Non
     rows = {row["dataset"]: row for row in json.loads(capsys.readouterr().out)}
     assert {"ACDC", "LA"} <= rows.keys()
     assert all(row["licence"] and row["source"].startswith("https://") for row in rows.values())
+    assert rows["LA"]["published_splits"] == ["LA-4", "LA-8", "LA-16"]
+    assert rows["Prostate"]["published_splits"] == []
+    assert rows["Prostate"]["own_splits"] == ["Prostate-2-own1", "Prostate-2-own2"]
+    assert rows["LA"]["converter"] == "nnssl_convert LA SRC -d ID"
+    assert rows["LA"]["literature_crop"] == ["challenge"]
 
 
 def test_system_names_the_shim_that_stock_commands_need(capsys: pytest.CaptureFixture) -> None:

@@ -12,6 +12,7 @@ import pytest
 from nnssl.errors import UserError
 from nnssl.evaluation.evaluate import evaluate_folders
 from nnssl.evaluation.metrics import mm_metrics
+from nnssl.evaluation.report import result_table
 from nnssl.plans.parallel import default_processes
 
 SHAPE = (6, 12, 16)
@@ -185,3 +186,13 @@ def test_domains_come_from_the_dataset_json_that_names_the_labels(folders):
     (prediction / "dataset.json").write_text(json.dumps(block))
     assert list(evaluate_folders(reference, prediction, num_processes=1)["domains"]) == ["A"]
     assert evaluate_folders(reference, prediction, block["labels"], num_processes=1)["domains"] == {}
+
+
+def test_what_was_done_to_the_scans_stands_in_every_result(folders):
+    """A data set of label-cut crops says so beside each number, whoever evaluates it."""
+    assert run(*folders)["provenance"] is None
+    block = {"labels": {"background": 0, "1": 1, "2": 2}, "nnssl": {"provenance": "label-cut crop"}}
+    (folders[1] / "dataset.json").write_text(json.dumps(block))
+    for result in (run(*folders), run(*folders, labels={"1": 1, "2": 2}, provenance="label-cut crop")):
+        assert result["provenance"] == "label-cut crop"
+        assert "note: the scans: label-cut crop" in result_table(result)

@@ -9,7 +9,7 @@ from nnssl.cli import evaluate as cli
 from nnssl.errors import UserError
 from nnssl.evaluation.protocols import LITERATURE_METRICS, PROTOCOLS, get_protocol
 
-FAMILIES = ["literature-la", "literature-acdc", "literature-ad"]
+FAMILIES = ["literature-la", "literature-acdc", "literature-diffrect", "literature-ad"]
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -39,6 +39,7 @@ def test_asd_runs_from_prediction_to_reference():
     [
         ("literature-la", (0, 0, 0, 0), (0, 0, None, None), (0, 0, 0, 0)),
         ("literature-acdc", (0, 0, 0, 0), (0, 0, None, None), (0, 0, 0, 0)),
+        ("literature-diffrect", (0, 0, 50, 10), (0, 0, 50, 10), (0, 0, 50, 10)),
         ("literature-ad", (0, 0, 128, 128), (0, 0, 128, 128), (0.01, 0.01, 0, 0)),
     ],
 )

@@ -152,3 +152,11 @@ def test_dice_distance_is_least_at_agreement_and_finite_without_voxels():
     assert float(dice_distance(p, q, torch.zeros_like(valid))) == 0
     (gradient,) = torch.autograd.grad(dice_distance(p, q, valid), p)
     assert torch.equal(gradient.abs().sum(1, keepdim=True) > 0, valid)
+
+
+@pytest.mark.parametrize("detach", [True, False])
+def test_the_gradient_of_the_squared_difference_reaches_the_teacher_if_asked(detach):
+    p, q = torch.rand(1, 2, 5, requires_grad=True), torch.rand(1, 2, 5, requires_grad=True)
+    probability_mse(p, q, detach=detach).backward()
+    assert p.grad.any()
+    assert (q.grad is None) == detach

@@ -155,3 +155,27 @@ def test_correlations_have_their_least_value_at_agreement_and_are_finite_without
         correlation_consistency(v, v, bank, 0.0)
     with pytest.raises(ValueError, match="one shape"):
         correlation_consistency(v, v[:2], bank, 1.0)
+
+
+@pytest.mark.parametrize("detach", [True, False])
+def test_correlations_in_chunks_are_those_at_once_and_keep_less(monkeypatch, detach):
+    generator = torch.Generator().manual_seed(0)
+    v, a = (torch.randn(23, 5, generator=generator, dtype=torch.float64) for _ in range(2))
+    bank = {c: torch.randn(7, 5, generator=generator, dtype=torch.float64) for c in range(3)}
+    values, gradients, largest = [], [], []
+    for limit in (2**24, 4 * 21):  # all 23 * 21 at once, or four rows
+        monkeypatch.setattr("nnssl.losses.contrastive.MOST_CORRELATIONS", limit)
+        sizes, inputs = [], [x.clone().requires_grad_() for x in (v, a)]
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, sizes=sizes: sizes.append(x.numel()) or x, lambda x: x):
+            loss = correlation_consistency(*inputs, bank, 0.3, detach)
+        loss.backward()
+        values.append(loss.item())
+        gradients.append([x.grad for x in inputs])
+        largest.append(max(sizes))
+    assert values[1] == pytest.approx(values[0], rel=1e-12)
+    for whole, chunked in zip(*gradients, strict=True):
+        assert (whole is None) == (chunked is None)
+        if whole is not None:
+            torch.testing.assert_close(whole, chunked, rtol=1e-10, atol=1e-14)
+    assert largest[0] == 23 * 21
+    assert largest[1] <= 23 * 5  # the features themselves

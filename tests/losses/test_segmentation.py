@@ -3,8 +3,9 @@ import math
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional
 
-from nnssl.losses.segmentation import cross_entropy, dice_and_cross_entropy, soft_dice_loss
+from nnssl.losses.segmentation import cross_entropy, dice_and_cross_entropy, soft_cross_entropy, soft_dice_loss
 
 SHAPES = [(7, 6), (4, 5, 3)]
 
@@ -196,3 +197,24 @@ def test_nnunet_dice_with_the_same_smoothing_agrees():
 def test_ill_shaped_arguments_are_refused(call):
     with pytest.raises(ValueError, match=r"shape|fit|channel|smooth|labels|valid"):
         call()
+
+
+def test_soft_cross_entropy_of_hard_shares_is_the_cross_entropy_and_of_others_their_mean():
+    generator = torch.Generator().manual_seed(0)
+    logits, label = torch.randn(2, 3, 5, generator=generator), torch.randint(0, 3, (2, 5), generator=generator)
+    valid = torch.rand(2, 1, 5, generator=generator) < 0.7
+    onehot = functional.one_hot(label, 3).movedim(-1, 1).float()
+    hard = soft_cross_entropy(logits, onehot, valid)
+    assert hard.item() == pytest.approx(cross_entropy(logits, label, valid).item(), rel=1e-5)
+    even = soft_cross_entropy(logits, torch.full_like(onehot, 1 / 3), valid)
+    expected = -logits.log_softmax(1).mean(1, keepdim=True)[valid].mean()
+    assert even.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert soft_cross_entropy(logits, onehot, valid & False) == 0
+
+
+def test_soft_cross_entropy_of_regions_is_the_binary_one():
+    logits, shares = torch.randn(2, 3, 5), torch.rand(2, 3, 5)
+    valid = torch.ones(2, 1, 5, dtype=torch.bool)
+    p = logits.double().sigmoid()
+    expected = -(shares * p.log() + (1 - shares) * (1 - p).log()).mean()
+    assert soft_cross_entropy(logits, shares, valid, binary=True).item() == pytest.approx(expected.item(), rel=1e-5)

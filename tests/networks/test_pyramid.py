@@ -41,3 +41,16 @@ def test_disturbances_reach_every_head_and_keep_the_mean(plan, build, disturbanc
         assert stacked.std(0).min() > 0
         error = (stacked.mean(0) - expected).abs().mean() / stacked.std(0).mean()
         assert error < 3 / 200**0.5
+
+
+def test_the_features_of_every_resolution_are_what_its_head_reads(plan, build):
+    base, kwargs, ndim = plan
+    network = build(PYRAMID, {"base": base, **kwargs}, 1, 3, True)
+    output, scales = network(image(ndim), scales=True)
+    assert len(scales) == len(network.decoder.seg_layers)
+    for logits, features, head in zip(output, scales[::-1], network.decoder.seg_layers[::-1], strict=True):
+        assert torch.equal(head(features), logits)
+    network.decoder.deep_supervision = False
+    alone, same = network(image(ndim), scales=True)
+    assert torch.equal(alone, output[0])
+    assert len(same) == len(scales)

@@ -400,6 +400,21 @@ def test_a_detached_condition_keeps_the_latent_loss_from_the_encoders_but_not_th
         assert torch.autograd.grad(error, denoiser)[0].abs().sum() > 0
 
 
+def test_a_normalized_latent_keeps_its_size_however_its_encoder_grows():
+    """Otherwise the noise, whose variance is 1, would hide ever less of the clean latent."""
+    for normalize in (False, True):
+        rectifier = make(normalize=normalize)
+        data = inputs(rectifier)
+        before = rectifier(**data).target
+        with torch.no_grad():
+            rectifier.context_encoder.blocks[-1].norm2.weight *= 50
+        after = rectifier(**data).target
+        assert (after.square().mean() > 100 * before.square().mean()).item() is not normalize
+        if normalize:
+            assert torch.allclose(after.mean(1), torch.tensor(0.0), atol=1e-5)
+            assert torch.allclose(after.var(1, correction=0), torch.tensor(1.0), atol=1e-3)
+
+
 def test_the_norm_of_an_items_error_is_the_root_of_its_sum_of_squares():
     estimate, target = torch.zeros(2, 3, 4), torch.zeros(2, 3, 4)
     estimate[0, 0, 0], estimate[0, 1, 2], estimate[1, 2, 3] = 3.0, 4.0, 7.0

@@ -4,10 +4,11 @@ import argparse
 import json
 
 import pytest
+from nnunetv2.preprocessing.normalization import default_normalization_schemes
 
 from nnssl.cli.plan_and_preprocess import build_parser, planning_options
 from nnssl.errors import UserError
-from nnssl.plans.options import Overrides, PlanningOptions, check_plans_name
+from nnssl.plans.options import NORMALIZATIONS, Overrides, PlanningOptions, check_plans_name
 
 
 def parse(*argv: str) -> tuple[PlanningOptions, list[str] | None]:
@@ -61,6 +62,13 @@ def test_values_out_of_range_are_refused(change):
         parse("-c", "2d", *change)
 
 
+def test_a_normalization_is_one_of_nnunets():
+    with pytest.raises(UserError, match=r"nearest: .*RescaleTo01Normalization"):
+        Overrides(normalization="RescaleNormalization")
+    for name in NORMALIZATIONS:
+        assert hasattr(default_normalization_schemes, name)
+
+
 def test_options_survive_the_plan():
     options = PlanningOptions(
         planner="ExperimentPlanner",
@@ -68,7 +76,9 @@ def test_options_survive_the_plan():
         trainer="CPSTrainer",
         memory_factor=2.2,
         spacing=(2, 1, 1),
-        overrides={"2d": Overrides(patch_size=(64, 32), batch_size=3, network={"arch_kwargs": {"n": 1}})},
+        overrides={
+            "2d": Overrides((64, 32), 3, network={"arch_kwargs": {"n": 1}}, normalization="NoNormalization"),
+        },
         preset="paper",
     )
     assert PlanningOptions.from_record(json.loads(json.dumps(options.record()))) == options

@@ -150,6 +150,21 @@ def test_settings_of_methods_survive_replanning(toy):
     assert toy.plans()["nnssl"]["SomeTrainer"] == {"weight": 3}
 
 
+def test_another_normalization_gets_data_of_its_own(toy):
+    change = {"overrides": {"2d": Overrides(normalization="RescaleTo01Normalization")}}
+    prepared = toy.run("2d", planning=change)
+    config = prepared.plans["configurations"]["2d"]
+    assert prepared.plans_name == "nnUNetPlans_RescaleTo01"
+    assert config["normalization_schemes"] == ["RescaleTo01Normalization"]
+    for part in ("labeled", "unlabeled"):
+        for path in sorted(part_folder(toy.folder, config["data_identifier"], part).glob("case_*.b2nd")):
+            if not path.name.endswith("_seg.b2nd"):
+                voxels = blosc2.open(str(path))[:]
+                assert (voxels.min(), voxels.max()) == (0, 1)
+    assert toy.plans()["configurations"]["2d"]["normalization_schemes"] == ["ZScoreNormalization"]
+    assert require_current(toy.folder, toy.plans(), "2d")
+
+
 def test_another_spacing_gets_data_of_its_own(toy):
     prepared = toy.run("3d_fullres", planning={"spacing": (2.5, 1.5, 1.5)})
     config = prepared.plans["configurations"]["3d_fullres"]

@@ -21,6 +21,7 @@ TOY_SETTINGS = {
     "DiffCLTrainer": {"q": 512, "k": 8, "p": 32, "projection_dim": 8, "bank_capacity": 64, "trust": False},
     "DiffRectTrainer": {"pl_threshold": 0, "rect_start": 0, "rectifier_width": 4},
     "FixMatchTrainer": {"threshold": 0.4},
+    "INCLTrainer": {"tokens": 64, "dim": 16},
     "SASSNetTrainer": {"adversary_width": 4},
 }
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch.nn import functional
 
-from nnssl.trainers.acisis import ACISISSettings, ConfidenceArray, fused_rank
+from nnssl.trainers.acisis import UPDATES, ACISISSettings, ConfidenceArray, fused_rank
+from nnssl.training.class_statistics import sampling_rate
 
 
 def ranked(columns: list[list[float]]) -> list[float]:
@@ -37,8 +38,7 @@ def indicators(probs, entropy, onehot, k):
 
 
 def test_the_array_follows_the_formula_and_knows_the_best_class():
-    settings = ACISISSettings(window=2, array_decay=0.5)
-    array, batch = ConfidenceArray(3, settings), labeled()
+    array, batch = ConfidenceArray(3, ACISISSettings(array_decay=0.5), 2), labeled()
     array.update(*batch)
     assert array.value.tolist() == [0, 0, 0]  # the window is not over
     array.update(*batch)
@@ -48,7 +48,7 @@ def test_the_array_follows_the_formula_and_knows_the_best_class():
 
 
 def test_an_absent_class_keeps_its_value_and_takes_no_part():
-    array = ConfidenceArray(3, ACISISSettings(window=1, array_decay=0.5))
+    array = ConfidenceArray(3, ACISISSettings(array_decay=0.5), 1)
     array.update(*labeled())
     before, batch = array.value.clone(), labeled(absent=1)
     array.update(*batch)
@@ -69,21 +69,49 @@ def test_only_the_top_classes_of_an_indicator_escape_the_penalty():
 
 
 def test_the_published_sign_is_a_setting():
-    ours, theirs = (ConfidenceArray(3, ACISISSettings(window=1, confidence_sign=s)) for s in ("ignorance", "published"))
+    ours, theirs = (ConfidenceArray(3, ACISISSettings(confidence_sign=s), 1) for s in ("ignorance", "published"))
     for array in (ours, theirs):
         array.update(*labeled())
     assert ours.value[0] / ours.value[2] > theirs.value[0] / theirs.value[2]
 
 
 def test_the_array_resumes_exactly_within_a_window():
-    settings = ACISISSettings(window=2)
-    array, other = ConfidenceArray(3, settings), ConfidenceArray(3, settings)
+    array, other = (ConfidenceArray(3, ACISISSettings(), 2) for _ in range(2))
     array.update(*labeled())
     other.load_state_dict({name: value.clone() for name, value in array.state_dict().items()})
     for each in (array, other):
         each.update(*labeled(absent=0))
     assert torch.equal(array.value, other.value)
     assert array.value.max() > 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "epochs", "expected"),
+    [({}, 300, 4), ({}, 2, 1), ({"window": 7}, 300, 7)],
+    ids=["long", "short", "set"],
+)
+def test_the_window_is_a_300th_of_the_run_unless_it_is_set(build, settings, epochs, expected):
+    trainer = build("ACISISTrainer", settings={"window": None, **settings}, options={"epochs": epochs}, start=False)
+    trainer.initialize()
+    assert trainer.array.window == expected  # epochs of 4 iterations
+
+
+def test_voxels_of_the_best_known_class_are_still_drawn_at_the_end_of_a_run():
+    settings = ACISISSettings()
+    array, batch = ConfidenceArray(3, settings, 1), labeled()
+    for _ in range(UPDATES):
+        array.update(*batch)
+    best = sampling_rate(array.value, settings.exponent)[0].item()
+    assert 1e-3 < best < 0.5
+    for _ in range(2000):
+        array.update(*batch)
+    assert sampling_rate(array.value, settings.exponent)[0] < 1e-6  # why a run must not have more of them
+
+
+def test_a_top_that_leaves_no_class_out_is_warned_of(build, capsys):
+    for settings, warned in (({"top": 3}, True), ({"top": 2}, False), ({"top": 3, "unsupervised_weight": 0}, False)):
+        build("ACISISTrainer", settings=settings, start=False).initialize()
+        assert ("top=3" in capsys.readouterr().out) == warned
 
 
 def test_the_loss_is_that_of_kept_voxels_by_the_students_confidence(build):

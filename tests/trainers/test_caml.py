@@ -91,3 +91,14 @@ def test_all_parts_learn_and_weight_zero_lets_them_rest(build):
         rests = [same(b, weights(part)) for b, part in zip(before, parts, strict=True)]
         assert rests == [weight == 0] * 3
     assert set(trainer.branches(batch["data"])) == {"network", "peer"}
+
+
+def test_without_correlations_heads_and_memory_rest_and_the_run_says_so(build, capsys):
+    trainer, batch = start(build, correlation_weight=0)
+    assert "correlation_weight=0" in capsys.readouterr().out
+    before = weights(trainer.heads)
+    assert "loss_correlation" not in trainer.train_step(batch)
+    assert same(before, weights(trainer.heads))
+    assert trainer.memory.available() == {}
+    start(build, correlation_weight=0, unsupervised_weight=0)
+    assert "correlation_weight=0" not in capsys.readouterr().out

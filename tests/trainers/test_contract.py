@@ -43,6 +43,7 @@ OFF = {
     "DiffRectTrainer": {"unsupervised_weight": 0, "rect_weight": 0},
     "FixMatchTrainer": {"unsupervised_weight": 0},
     "ICTTrainer": {"unsupervised_weight": 0},
+    "INCLTrainer": {"unsupervised_weight": 0},
     "SASSNetTrainer": {"unsupervised_weight": 0},
     "SSNetTrainer": {"unsupervised_weight": 0},
     "SimiSTrainer": {"unsupervised_weight": 0},

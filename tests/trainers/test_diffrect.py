@@ -31,6 +31,7 @@ RECTIFIER_TERMS = {
     "loss_rect_w2g",
     "loss_latent_l",
     "loss_rect_s2w",
+    "loss_rect_s2g",
     "loss_latent_u",
     "loss_rect_complementary",
 }
@@ -127,6 +128,7 @@ def test_weights_enter_the_terms_as_equation_13_has_them(made):
         "loss_rect_w2g": 1,
         "loss_latent_l": 5,
         "loss_rect_s2w": 2,
+        "loss_rect_s2g": 1,
         "loss_rect_complementary": 2,
         "loss_latent_u": 2 * 7,
     }
@@ -160,7 +162,7 @@ def entropy_and_dice(logits, target, counted) -> tuple[float, float]:
 @pytest.mark.parametrize("target", ["rectified", "weak"])
 def test_hard_labels_are_learned_where_they_count_by_the_loss_of_the_settings(made, target):
     """R's terms and L_Semi by hand, with unsure voxels and voxels outside the mask."""
-    trainer, of_theta, of_r = made(pl_threshold=0.4, pl_dice=0.5, s2w_target=target), [], []
+    trainer, of_theta, of_r = made(pl_threshold=0.4, pl_dice=0.5, s2w_target=target, s2g=False), [], []
     batch = to_device(next(trainer.dataloader_train), trainer.device)
     unlabeled, n = batch["unlabeled"], len(batch["data"])
     unlabeled["valid"] = torch.rand(unlabeled["valid"].shape, generator=torch.Generator().manual_seed(0)) > 0.3
@@ -195,12 +197,15 @@ def test_the_codes_ramp_has_its_published_values():
 
 
 @pytest.mark.parametrize("schedule", ["constant", "poly"])
-def test_the_rectifiers_learning_rate_may_stay(made, schedule):
-    trainer = made(rectifier_lr_schedule=schedule)
+def test_the_rectifier_has_an_optimizer_and_a_learning_rate_of_its_own(made, schedule):
+    trainer = made(rectifier_lr_schedule=schedule, rectifier_optimizer="adam", rectifier_lr=0.003)
     at_step(trainer, 6)
     rates = {name: o.param_groups[0]["lr"] for name, o in trainer.stepper.optimizers.items()}
-    decayed = 0.01 * (1 - 6 / 8) ** 0.9
-    assert rates == pytest.approx({"network": decayed, "rectifier": decayed if schedule == "poly" else 0.01})
+    left = (1 - 6 / 8) ** 0.9
+    expected = {"network": 0.01 * left, "rectifier": 0.003 * (left if schedule == "poly" else 1)}
+    assert rates == pytest.approx(expected)
+    assert isinstance(trainer.stepper.optimizers["network"], torch.optim.SGD)
+    assert isinstance(trainer.stepper.optimizers["rectifier"], torch.optim.Adam)
 
 
 # ------------------------------------------------------------------------------------------ what R is given
@@ -224,17 +229,17 @@ def classes_of(colored, colors) -> np.ndarray:
 
 
 def guidance_by_hand(maps, better, valid) -> list[float]:
-    """Return 999 (1 - Dice) of each item, the mean over the classes that either map holds."""
+    """Return 999 (1 - Dice) of each item, the mean over the classes that the better map holds."""
     rows = []
     for a, b, counts in zip(maps, better, valid.flatten(1).numpy(), strict=True):
         a, b = a[counts], b[counts]
-        present = np.union1d(a, b)
+        present = np.unique(b)
         rows.append(np.mean([2 * ((a == c) & (b == c)).sum() / ((a == c).sum() + (b == c).sum()) for c in present]))
     return [999 * (1 - row) for row in rows]
 
 
 def test_the_rectifier_is_given_what_the_paper_says(made):
-    trainer = made()
+    trainer = made(guidance_per_item=True, s2g=False)
     batch, (w2g, s2w, rectify) = recorded_step(trainer)
     n, truth, unlabeled, colors = len(batch["data"]), batch["target"][0], batch["unlabeled"], trainer.colors
     assert torch.equal(w2g["image"], torch.cat([batch["weak"], unlabeled["weak"]]))
@@ -259,7 +264,7 @@ def test_the_rectifier_is_given_what_the_paper_says(made):
 
 
 def test_damaged_weak_labels_are_mended_and_guided_by_their_own_distance(made):
-    trainer = made(damage=1.0)
+    trainer = made(guidance_per_item=True, damage=1.0)
     batch, (w2g, _, rectify) = recorded_step(trainer)
     n, truth, colors = len(batch["data"]), batch["target"][0], trainer.colors
     labels = classes_of(w2g["label"], colors)
@@ -272,6 +277,26 @@ def test_damaged_weak_labels_are_mended_and_guided_by_their_own_distance(made):
     _, (whole, *_) = recorded_step(made(damage=0.0))
     assert not torch.equal(whole["label"][:n], w2g["label"][:n])
     assert torch.equal(whole["label"][n:], w2g["label"][n:])
+
+
+def test_guidance_counts_the_classes_and_items_the_settings_name(made):
+    """Item 0 is all background with one false voxel, item 1 is half wrong."""
+    better = torch.zeros(2, 1, 8, 8, dtype=torch.long)
+    better[1, :, 4:] = 1
+    labels = better.clone()
+    labels[0, 0, 0, 0], labels[1, :, 2:] = 1, 1
+    valid = torch.ones_like(labels, dtype=torch.bool)
+    taus = {}
+    for per_item, present in ((False, True), (True, True), (True, False)):
+        trainer = made(guidance_per_item=per_item, guidance_present=present)
+        taus[per_item, present] = trainer._tau(labels, better, valid).tolist()
+    background, foreground = 2 * (63 + 16) / (63 + 16 + 64 + 32), 2 * 32 / (1 + 48 + 32)
+    assert taus[False, True] == pytest.approx([999 * (1 - (background + foreground) / 2)] * 2, rel=1e-4)
+    alone = (2 * 63 / 127, (2 * 16 / 48 + 2 * 32 / 80) / 2)
+    assert taus[True, True] == pytest.approx([999 * (1 - value) for value in alone], rel=1e-4)
+    classes = trainer.label_space.num_heads
+    counted = ((2 * 63 / 127 + 0 + classes - 2) / classes, (2 * alone[1] + classes - 2) / classes)
+    assert taus[True, False] == pytest.approx([999 * (1 - value) for value in counted], rel=1e-4)
 
 
 def test_the_rectifier_may_start_from_the_label_it_mends(made):
@@ -291,7 +316,7 @@ def test_the_rectifier_may_start_from_the_label_it_mends(made):
 def test_strong_labels_are_compared_with_the_rectified_or_the_weak_ones(made):
     taus = {}
     for reference in ("rectified", "weak"):
-        trainer, answers = made(strong_guidance=reference), []
+        trainer, answers = made(guidance_per_item=True, strong_guidance=reference, s2g=False), []
         trainer.rectifier.register_forward_hook(lambda _, args, out, seen=answers: seen.append(out.logits.argmax(1)))
         batch, (w2g, s2w, _) = recorded_step(trainer)
         n, colors = len(batch["data"]), trainer.colors
@@ -303,13 +328,13 @@ def test_strong_labels_are_compared_with_the_rectified_or_the_weak_ones(made):
 
 
 def test_the_better_map_of_strong_to_weak_may_lie_beside_the_weak_image(made):
-    batch, (_, s2w, _) = recorded_step(made(s2w_image="weak"))
+    batch, (_, s2w, _) = recorded_step(made(s2w_image="weak", s2g=False))
     assert torch.equal(s2w["good_image"], batch["unlabeled"]["weak"])
 
 
 @pytest.mark.parametrize("whole", [{"latent_rows": "all"}, {"norm": "batch"}, {"s2g": True}])
 def test_strong_to_weak_sees_labeled_items_where_they_count(made, whole):
-    batch, (w2g, s2w, _) = recorded_step(trainer := made(**whole))
+    batch, (w2g, s2w, _) = recorded_step(trainer := made(**{"s2g": False, "guidance_per_item": True, **whole}))
     n, truth = len(batch["data"]), batch["target"][0]
     assert torch.equal(s2w["image"], torch.cat([batch["data"], batch["unlabeled"]["strong"]]))
     assert torch.equal(s2w["good"][n:], w2g["label"][n:])
@@ -324,7 +349,7 @@ def test_strong_to_weak_sees_labeled_items_where_they_count(made, whole):
 
 
 def test_rectification_may_be_guided_by_the_distance_of_the_two_views(made):
-    trainer = made(rectify_guidance="own")
+    trainer = made(guidance_per_item=True, rectify_guidance="own", s2g=False)
     batch, (w2g, s2w, rectify) = recorded_step(trainer)
     n, colors = len(batch["data"]), trainer.colors
     strong, weak = classes_of(s2w["label"], colors), classes_of(w2g["label"], colors)[n:]
@@ -380,7 +405,7 @@ def test_the_network_learns_what_the_rectifier_makes_of_its_label(made):
 
 @pytest.mark.parametrize("dropout", [False, True])
 def test_the_rectifier_samples_without_dropout_unless_asked(made, dropout):
-    trainer = made(sample_dropout=dropout)
+    trainer = made(sample_dropout=dropout, rectifier_dropout=True)
     batch = to_device(next(trainer.dataloader_train), trainer.device)
     step, _ = trainer._look(batch, batch["unlabeled"], 1.0)
     logits, seeds = [], []
@@ -426,7 +451,7 @@ ABLATIONS = {
     "sum guidance": {"guidance": "both"},
     "jaccard guidance": {"guidance": "jaccard"},
     "overlap guidance": {"guidance_form": "overlap"},
-    "batch guidance": {"guidance_per_item": False, "guidance_present": False},
+    "item guidance": {"guidance_per_item": True},
     "weak strong guidance": {"strong_guidance": "weak"},
     "onehot": {"coloring": "onehot"},
     "distant colors": {"coloring": "distant"},
@@ -436,9 +461,11 @@ ABLATIONS = {
     "all time steps": {"time_steps": "all"},
     "noise": {"prediction": "noise"},
     "norm": {"latent_distance": "norm"},
-    "detached": {"detach_condition": True},
-    "no dropout": {"rectifier_dropout": False},
-    "strong to truth": {"s2g": True},
+    "condition in the latent loss": {"detach_condition": False},
+    "latents of any size": {"normalize_latent": False},
+    "dropout": {"rectifier_dropout": True},
+    "no strong to truth": {"s2g": False},
+    "one optimizer": {"rectifier_optimizer": "sgd", "rectifier_lr": 0.01},
     "damage": {"damage": 1.0},
     "residual": {"label_residual": 3.0},
     "s2w weak image": {"s2w_image": "weak"},
@@ -470,19 +497,19 @@ def test_every_switch_trains_and_makes_a_difference(made, name):
     assert rows[1] != BASELINE[1]
     absent = {
         "no w2g": {"loss_rect_w2g", "loss_latent_l", "tau"},
-        "no s2w": {"loss_rect_s2w", "loss_latent_u"},
+        "no s2w": {"loss_rect_s2w", "loss_rect_s2g", "loss_latent_u"},
+        "no strong to truth": {"loss_rect_s2g"},
         "no diffusion": {"loss_latent_l", "loss_latent_u"},
         "rectifier off": RECTIFIER_TERMS | {"loss_rectification", "tau", "changed"},
     }.get(name, set())
     added = {"loss_complementary", "loss_rect_complementary"} if "code losses" in name else set()
-    added |= {"loss_rect_s2g"} if name == "strong to truth" else set()
     assert set(rows[0]) == (set(BASELINE[0]) | added) - absent
 
 
 @pytest.mark.parametrize("rows", ["all", "own"])
 def test_latent_losses_count_all_items_or_their_own(made, rows):
     """L_Lat-L is about labeled items, L_Lat-U about unlabeled ones; the code counts all in both."""
-    trainer, outputs = made(latent_rows=rows), []
+    trainer, outputs = made(latent_rows=rows, s2g=False), []
     trainer.rectifier.register_forward_hook(lambda _, args, out: outputs.append(out))
     (terms,), n = steps(trainer, 1), trainer.batch_size
     w2g, s2w, _ = outputs

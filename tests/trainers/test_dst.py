@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from nnssl_test_tools import same
+from nnssl_test_tools import same, weights
 from torch.nn import functional
 
 from nnssl.trainers.dst import MAIN, PSEUDO, WORST, wrong_on
@@ -91,3 +91,15 @@ def test_the_terms_are_the_formula(build):
     for name, value in expected.items():
         assert scalars[name] == pytest.approx(value.item(), rel=1e-4), name
     assert scalars["kept"] == pytest.approx((kept.sum() / valid.sum()).item())
+
+
+def test_the_worst_case_rests_where_none_of_it_would_reach_the_encoder(build, capsys):
+    trainer = build("DSTTrainer", settings={"reversal": 0, "unsupervised_schedule": "constant", "weight_decay": 0})
+    assert "reversal=0" in capsys.readouterr().out
+    before = [weights(decoder) for decoder in decoders(trainer)]
+    scalars = trainer.train_step(next(trainer.dataloader_train))
+    assert not [name for name in scalars if "worst" in name]
+    moved = [not same(old, weights(decoder)) for old, decoder in zip(before, decoders(trainer), strict=True)]
+    assert moved == [True, True, False]
+    build("DSTTrainer", settings={"reversal": 0, "unsupervised_weight": 0})
+    assert "reversal=0" not in capsys.readouterr().out

@@ -369,8 +369,8 @@ def test_while_mu_is_zero_the_branches_train_and_theta_only_follows(made):
 # ------------------------------------------------------------------------------------------------ DRS
 
 
-def test_weights_follow_the_dice_of_this_batchs_denoising(made):
-    trainer = made()
+def test_weights_may_follow_the_dice_of_this_batchs_denoising(made):
+    trainer = made(drs_branch="xi")
     outputs = []
     trainer.network.register_forward_hook(
         lambda _, args, kw, out: outputs.append(full_resolution(out)) if kw.get("decoder") == "xi" else None,
@@ -385,8 +385,8 @@ def test_weights_follow_the_dice_of_this_batchs_denoising(made):
         assert trainer.difficulty.dice[k].item() == pytest.approx(expected.item(), rel=1e-5, abs=1e-9)
 
 
-def test_difficulty_may_be_measured_on_the_branch_that_sees_no_label(made):
-    trainer = made(drs_branch="psi")
+def test_difficulty_is_measured_on_the_branch_that_sees_no_label(made):
+    trainer = made()
     batch = to_device(next(trainer.dataloader_train), trainer.device)
     before = trainer.difficulty.dice.clone()
     trainer._denoising(batch, ())
@@ -396,7 +396,7 @@ def test_difficulty_may_be_measured_on_the_branch_that_sees_no_label(made):
 
 
 def test_voxels_to_ignore_do_not_count(made):
-    trainer = made()
+    trainer = made(drs_branch="xi")
     object.__setattr__(trainer.label_space, "ignore_label", 9)
     truth = torch.zeros(1, 1, 8, 8, dtype=torch.int16)
     truth[..., 4:] = 9
@@ -430,8 +430,8 @@ SWITCHES = {
     "tau": {"rs_tau": 0.3},
     "sigma": {"rs_sigma": 0},
     "dice": {"pl_dice": 1},
-    "drs psi": {"drs_branch": "psi"},
-    "drs max": {"drs_norm": "max"},
+    "drs xi": {"drs_branch": "xi"},
+    "drs code": {"drs_norm": "none"},
     "drs paper": {"drs_norm": "paper"},
     "drs background": {"drs_background": True},
     "drs alpha": {"drs_alpha": 0.5},

@@ -5,7 +5,7 @@ import pytest
 import torch
 from nnssl_test_tools import same, weights
 
-TRAINERS = ("CAMLTrainer", "DTCTrainer", "MLRPLTrainer", "SASSNetTrainer", "SSNetTrainer")
+TRAINERS = ("CAMLTrainer", "DTCTrainer", "INCLTrainer", "MLRPLTrainer", "SASSNetTrainer", "SSNetTrainer")
 
 
 @pytest.mark.parametrize("name", TRAINERS)

@@ -1,10 +1,12 @@
 """SASSNet's trainer and its adversary."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from nnssl_test_tools import same, weights
+from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 from torch.nn import functional
 
 from nnssl.trainers.sassnet import ShapeAdversary
@@ -50,19 +52,45 @@ def test_the_network_is_pushed_towards_labeled_and_the_adversary_is_left_alone(b
     assert group.terms["loss_shape"].item() == pytest.approx(-labeled.log().mean().item(), rel=1e-4)
 
 
-def test_the_adversary_learns_which_crops_are_labeled_and_the_network_is_left_alone(build, monkeypatch):
+@pytest.mark.parametrize(("size", "uniform"), [(2, 1), (5, 3)])
+def test_the_adversary_learns_which_crops_are_labeled_and_the_network_is_left_alone(build, monkeypatch, size, uniform):
     monkeypatch.setattr("nnssl.trainers.sassnet.DROPOUT", 0.0)
-    trainer, batch, steps = groups(build, unlabeled_batch=3)
+    trainer = build("SASSNetTrainer", settings={"unsupervised_schedule": "constant", "unlabeled_batch": 3}, start=False)
+    trainer.configuration_manager.configuration["batch_size"] = size
+    trainer.initialize()
+    trainer.dataloader_train, _ = trainer.get_dataloaders()
+    batch = next(trainer.dataloader_train)
+    steps = trainer.method_losses(batch, 1.0)
     *_, group = steps
     assert group.step == ("adversary",)
     group.terms["loss_adversary"].backward()
     assert all(p.grad is None for p in [*trainer.network.parameters(), *trainer.distance_head.parameters()])
     total = 0.0
-    with torch.no_grad():
-        for x, column in ((batch["data"], 1), (batch["unlabeled"]["strong"], 0)):
+    with torch.no_grad():  # nnU-Net cuts the last labeled crops around foreground
+        for x, column in ((batch["data"][:uniform], 1), (batch["unlabeled"]["strong"], 0)):
             *_, z = trainer.both_tasks(x)
-            total -= trainer.adversary(z, x).log_softmax(1)[:, column].sum().item()
-    assert group.terms["loss_adversary"].item() == pytest.approx(total / 5, rel=1e-4)
+            total -= trainer.adversary(z, x).log_softmax(1)[:, column].mean().item() / 2
+    assert group.terms["loss_adversary"].item() == pytest.approx(total, rel=1e-4)
+
+
+def test_the_adversary_gets_the_labeled_crops_that_nnunets_loader_does_not_force(build):
+    for size in range(1, 13):
+        trainer = build("SASSNetTrainer", start=False)
+        trainer.configuration_manager.configuration["batch_size"] = size
+        trainer.initialize()
+        percent = trainer.oversample_foreground_percent
+        loader = SimpleNamespace(batch_size=size, oversample_foreground_percent=percent)
+        forced = [nnUNetDataLoader._oversample_last_XX_percent(loader, i) for i in range(size)]
+        assert forced == [i >= trainer.uniform for i in range(size)]
+
+
+def test_without_a_crop_that_is_cut_anywhere_the_run_says_so(build, capsys):
+    trainer = build("SASSNetTrainer", start=False)
+    trainer.oversample_foreground_percent = 1.0
+    trainer.initialize()
+    assert "sees no labeled one" in capsys.readouterr().out
+    trainer.dataloader_train, _ = trainer.get_dataloaders()
+    assert math.isfinite(trainer.train_step(next(trainer.dataloader_train))["loss_adversary"])
 
 
 def test_each_optimizer_moves_its_own_network_at_its_own_rate(build):

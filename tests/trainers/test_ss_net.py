@@ -89,3 +89,14 @@ def test_weight_zero_lets_the_heads_rest(build):
     assert set(trainer.train_step(batch)) == {"loss_supervised"}
     assert same(before, weights(trainer.heads))
     assert trainer.memory.available() == {}
+
+
+def test_without_separation_heads_and_prototypes_rest_and_the_run_says_so(build, capsys):
+    trainer, batch = start(build, separation_weight=0)
+    assert "separation_weight=0" in capsys.readouterr().out
+    before = weights(trainer.heads)
+    assert set(trainer.train_step(batch)) == {"loss_supervised", "loss_smooth_labeled", "loss_smooth_unlabeled"}
+    assert same(before, weights(trainer.heads))
+    assert trainer.memory.available() == {}
+    start(build, separation_weight=0, unsupervised_weight=0)
+    assert "separation_weight=0" not in capsys.readouterr().out

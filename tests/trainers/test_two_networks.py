@@ -1,5 +1,7 @@
 """The step of two peers, and the weights of classes in it."""
 
+import math
+
 import pytest
 import torch
 from nnssl_test_tools import same, weights
@@ -11,6 +13,7 @@ from nnssl.trainers.cld import CLDSettings
 from nnssl.trainers.crest import reversed_rank_rate
 from nnssl.trainers.depl import Prior
 from nnssl.trainers.dhc import distribution_weights
+from nnssl.trainers.registry import trainer_class
 from nnssl.trainers.simis import missing_share
 from nnssl.trainers.two_networks import TEACHER
 from nnssl.trainers.weighted_supervision import class_weighted_supervision
@@ -107,6 +110,43 @@ def test_weights_start_from_the_labels_and_follow_each_networks_own_predictions(
     for network in TEACHER:
         counts = torch.tensor([float((hard[network][valid] == k).sum()) for k in range(3)])
         assert torch.allclose(trainer.class_weights(network), 0.5 * start + 0.5 * trainer.rule(counts))
+
+
+@pytest.mark.parametrize(("name", "state"), [("CReSTTrainer", "weights"), ("DHCTrainer", "distribution")])
+def test_labels_are_counted_until_the_weights_have_started_and_never_again(build, name, state):
+    trainer = build(name)
+    one, both = torch.zeros(2, 1, 8, 8, dtype=torch.int64), torch.zeros(2, 1, 8, 8, dtype=torch.int64)
+    both[:, :, :3] = 1
+    counted, count = [], trainer.count
+    trainer.count = lambda *args: counted.append(1) or count(*args)
+
+    def counts_of(target):
+        counted.clear()
+        trainer.observe_labels("peer", torch.randn(2, 3, 8, 8), target)
+        return len(counted)
+
+    assert [counts_of(target) for target in (one, both, both, one)] == [1, 1, 0, 0]  # one class tells no proportions
+    part = trainer.weights["peer"] if state == "weights" else trainer.distribution
+    started = {key: value.clone() for key, value in part.state_dict().items()}
+    part.load_state_dict(started | {"started": torch.tensor(False)})
+    assert counts_of(both) == 1
+    part.load_state_dict(started)
+    assert counts_of(both) == 0
+
+
+def test_the_methods_that_dhc_compares_weigh_their_cross_terms_alike():
+    defaults = {name: trainer_class(name).settings_class().unsupervised_weight for name in PEERS if name[:3] != "CPS"}
+    assert set(defaults.values()) == {0.1}, defaults
+
+
+@pytest.mark.parametrize("name", [*PEERS, "DiffCLTrainer"])
+def test_a_batch_without_a_valid_unlabeled_voxel_gives_finite_numbers(build, name):
+    trainer = build(name)
+    batch = next(trainer.dataloader_train)
+    batch["unlabeled"]["valid"][:] = False
+    scalars = trainer.train_step(batch)
+    assert scalars["agreement"] == 0
+    assert all(math.isfinite(value) for value in scalars.values()), scalars
 
 
 # ------------------------------------------------------------------------------------------------- rules of weights
@@ -229,6 +269,15 @@ def test_adsh_keeps_the_same_share_of_every_class():
     assert state.value[1] < 0.85  # the class of lower confidence has the lower threshold
     assert state.value[2].item() == pytest.approx(0.9)  # never predicted
     assert state.histogram.sum() == state.batches == 0
+
+
+def test_adsh_keeps_thresholds_while_no_voxel_of_the_major_class_is_confident():
+    state = AdaptiveThresholds(3, 0.95, window=1)
+    state.value = torch.tensor([0.5, 0.7, 0.6])
+    label = torch.tensor([[[0, 0, 0, 1, 1]]])
+    confidence = torch.tensor([[[0.9, 0.9, 0.9, 0.98, 0.98]]])
+    state.update(label, confidence, torch.ones_like(label, dtype=torch.bool))
+    assert state.value.tolist() == pytest.approx([0.95, 0.7, 0.6])  # the major class has tau_1 all the same
 
 
 def test_adshs_thresholds_resume_exactly_within_a_window():

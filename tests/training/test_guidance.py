@@ -29,7 +29,7 @@ def by_sets(a, b, valid, measure, present_only):
     for c in range(CLASSES):
         in_a, in_b = (a == c) & valid, (b == c) & valid
         both, either = (in_a & in_b).sum(), (in_a | in_b).sum()
-        if either == 0 and present_only:
+        if present_only and not in_b.any():
             continue
         dice = 1.0 if either == 0 else 2 * both / (in_a.sum() + in_b.sum())
         jaccard = 1.0 if either == 0 else both / either
@@ -63,6 +63,15 @@ def test_agreement_spans_its_range(measure, best):
     assert agreement(onehot(a), onehot(a), measure).tolist() == pytest.approx([best] * 3)
     assert agreement(onehot(a), onehot(1 - a), measure).tolist() == pytest.approx([0] * 3, abs=1e-5)
     assert agreement(onehot(0 * a), onehot(0 * a), measure).tolist() == pytest.approx([best] * 3)
+
+
+def test_a_false_voxel_of_an_absent_class_hardly_lowers_the_agreement():
+    """As a class of its own it would halve it, and the rectifier would take such a crop for a bad one."""
+    better = np.zeros((1, 1, 32, 32), int)
+    wrong = better.copy()
+    wrong[0, 0, 3, 4] = 1
+    assert agreement(onehot(wrong), onehot(better)).item() == pytest.approx(2 * 1023 / (1023 + 1024))
+    assert agreement(onehot(better), onehot(wrong)).item() < 0.51  # a missed class counts
 
 
 def test_fixed_and_random_agreement_ignore_the_maps():

@@ -1,4 +1,8 @@
 import io
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -145,3 +149,25 @@ def test_misuse_is_refused():
         bank.draw([0], 0)
     with pytest.raises(ValueError, match="capacity"):
         bank.load_state_dict({"a": {0: torch.zeros(3, 2)}})
+
+
+def test_ranks_that_share_what_they_push_have_one_bank(tmp_path):
+    script = Path(__file__).parent.parent / "tools" / "gloo_memory.py"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    run = subprocess.run(
+        [*command, str(script), str(tmp_path)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    a, b = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1))
+    assert a.keys() == b.keys() == {"both", "late", "own0", "own1"}
+    counts = {case: {c: len(feature) for c, feature in slot.items()} for case, slot in a.items()}
+    assert counts == {"both": {0: 4, 1: 4}, "late": {7: 4}, "own0": {0: 2, 1: 1}, "own1": {0: 2, 1: 2}}
+    for case in a:
+        assert all(torch.equal(a[case][c], b[case][c]) for c in a[case])
+    assert not a["own0"][0].any()
+    assert a["own1"][0].all()
+    assert a["both"][0].all()  # the last rank's visit stays

@@ -1,8 +1,11 @@
 """Signed distance maps against distances between all pairs of voxels, and their laws."""
 
+import threading
+
 import numpy as np
 import pytest
 import torch
+from scipy import ndimage
 from scipy.spatial.distance import cdist
 
 from nnssl.training.label_space import LabelSpace
@@ -38,6 +41,36 @@ def test_absent_and_filling_classes_are_outside_and_inside_everywhere(fill, valu
     got, known = signed_distance(np.full((4, 5), fill))
     assert (got == value).all()
     assert known.all()
+
+
+@pytest.mark.parametrize(("fill", "passes"), [(False, 0), (True, 0), (None, 2)])
+def test_only_classes_with_a_boundary_cost_distance_transforms(monkeypatch, fill, passes):
+    calls, edt = [], ndimage.distance_transform_edt
+    monkeypatch.setattr(ndimage, "distance_transform_edt", lambda voxels: calls.append(1) or edt(voxels))
+    signed_distance(blob((14, 11)) if fill is None else np.full((14, 11), fill))
+    assert len(calls) == passes
+
+
+def test_images_and_classes_are_transformed_side_by_side(monkeypatch):
+    meeting = threading.Barrier(2, timeout=30)  # lets nobody through until two threads are in it
+
+    def transform(mask, ignored):
+        meeting.wait()
+        return np.zeros(mask.shape, np.float32), mask
+
+    monkeypatch.setattr("nnssl.training.signed_distance.signed_distance", transform)
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    maps, _ = distance_maps(LabelSpace(2), torch.zeros(2, 1, 8, 8, dtype=torch.int16))
+    assert maps.shape == (2, 1, 8, 8)
+
+
+def test_what_a_thread_raises_reaches_the_caller(monkeypatch):
+    def transform(mask, ignored):
+        raise MemoryError("full")
+
+    monkeypatch.setattr("nnssl.training.signed_distance.signed_distance", transform)
+    with pytest.raises(MemoryError, match="full"):
+        distance_maps(LabelSpace(2), torch.zeros(2, 1, 8, 8, dtype=torch.int16))
 
 
 def test_a_distance_is_known_where_ignored_voxels_cannot_change_it():

@@ -21,6 +21,7 @@ from nnssl.trainers.dtc import DTCTrainer
 from nnssl.trainers.fixmatch import FixMatchTrainer
 from nnssl.trainers.generic_ssl import GenericSSLTrainer
 from nnssl.trainers.ict import ICTTrainer
+from nnssl.trainers.incl import INCLTrainer
 from nnssl.trainers.mc_net import MCNetTrainer
 from nnssl.trainers.mean_teacher import MeanTeacherTrainer
 from nnssl.trainers.ml_rpl import MLRPLTrainer
@@ -50,6 +51,7 @@ __all__ = [
     "FixMatchTrainer",
     "GenericSSLTrainer",
     "ICTTrainer",
+    "INCLTrainer",
     "MCNetTrainer",
     "MLRPLTrainer",
     "MeanTeacherTrainer",
