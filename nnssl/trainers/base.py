@@ -27,6 +27,7 @@ from nnssl.errors import UserError
 from nnssl.layout import RawDataset
 from nnssl.losses.precision import fp32
 from nnssl.networks.planned import set_dropout
+from nnssl.networks.small_maps import guard_small_maps
 from nnssl.plans.manifest import load_manifest, manifest_digest, monitoring_cases, require_current, unlabeled_cases
 from nnssl.plans.splits import fold_cases
 from nnssl.trainers.batches import build_loaders
@@ -215,6 +216,8 @@ class SemiSupervisedTrainer(nnUNetTrainer):
     def wrap(self, module: nn.Module, compiled: bool = True) -> nn.Module:
         """Place a network on the device, give it rank 0's weights, and compile it where nnU-Net compiles."""
         module = module.to(self.device)
+        if self.device.type == "cpu" and self.run_options.precision == "bf16":
+            guard_small_maps(module)
         if self.is_ddp:
             if self.device.type == "cuda":
                 module = nn.SyncBatchNorm.convert_sync_batchnorm(module)
