@@ -12,7 +12,7 @@ SMALL = [((2, 3, 2), 3, 1), ((1, 1, 1), 3, 2), ((3, 4, 4), 5, 1), ((1, 4), 3, 2)
 
 
 def poison_free_memory():
-    """Leave NaN in the memory the allocator hands out next, where code that reads what it did not write will meet it."""
+    """Leave NaN in the memory the allocator hands out next: code that reads what it did not write meets it."""
     for size in (300, 1000, 3000, 10000, 30000, 100000):
         torch.full((size,), float("nan"))
 
