@@ -18,7 +18,28 @@ from torch import Tensor, nn
 from nnssl.errors import UserError
 from nnssl.networks.conditioning import EMBEDDING_DIM, FiLM
 
-CONV = {2: nn.Conv2d, 3: nn.Conv3d}
+
+class ChannelsLastConv3d(nn.Conv3d):
+    """A 3D convolution that works channels-last on CPUs, on tensors that are not.
+
+    With few channels it takes half the time there, both directions and all copies included (torch 2.13, AVX-512): the
+    other layout pads 8 channels to 16. Norms, interpolation and pooling are faster in the usual layout, which is why
+    the convolution alone changes it; in 2D nothing is gained.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the convolution of x (b, c, ...), contiguous."""
+        if x.device.type != "cpu":
+            return super().forward(x)
+        layout = torch.channels_last_3d
+        x = x.contiguous(memory_format=layout)
+        if x.requires_grad:
+            x.register_hook(Tensor.contiguous)  # what comes before would run on two layouts, many times slower
+        weight = self.weight.contiguous(memory_format=layout)
+        return self._conv_forward(x, weight, self.bias).contiguous()
+
+
+CONV = {2: nn.Conv2d, 3: ChannelsLastConv3d}
 POOL = {2: nn.MaxPool2d, 3: nn.MaxPool3d}
 BATCH_NORM = {2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 INTERPOLATION = {2: "bilinear", 3: "trilinear"}

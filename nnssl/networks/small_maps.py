@@ -6,6 +6,8 @@ own, so that weights turn NaN now and then, or wrong, or the process dies.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor, nn
 
@@ -20,7 +22,9 @@ def smaller_than_kernel(convolution: nn.Module, x: Tensor) -> bool:
     return any(kernel > 1 and size < max(kernel, stride) for size, kernel, stride in sizes)
 
 
-class _SmallMapsInSinglePrecision:
+class _Guard(nn.Module):
+    """Mixed in before a convolution's own class."""
+
     def forward(self, x: Tensor) -> Tensor:
         if not smaller_than_kernel(self, x):
             return super().forward(x)
@@ -28,15 +32,9 @@ class _SmallMapsInSinglePrecision:
             return super().forward(x.float())
 
 
-class _Conv2d(_SmallMapsInSinglePrecision, nn.Conv2d):
-    pass
-
-
-class _Conv3d(_SmallMapsInSinglePrecision, nn.Conv3d):
-    pass
-
-
-SAFE = {nn.Conv2d: _Conv2d, nn.Conv3d: _Conv3d}
+@functools.cache
+def _guarded(kind: type[nn.Module]) -> type[nn.Module]:
+    return type(kind.__name__, (_Guard, kind), {})
 
 
 def guard_small_maps(module: nn.Module) -> None:
@@ -46,5 +44,6 @@ def guard_small_maps(module: nn.Module) -> None:
     one, is guarded too.
     """
     for layer in module.modules():
-        if type(layer) in SAFE:
-            layer.__class__ = SAFE[type(layer)]
+        if isinstance(layer, (nn.Conv2d, nn.Conv3d)) and not isinstance(layer, _Guard):
+            kind: type[nn.Module] = type(layer)
+            layer.__class__ = _guarded(kind)

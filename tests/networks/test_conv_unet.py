@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 
 from nnssl.errors import UserError
-from nnssl.networks.conv_unet import ConvBlock, Decoder, Encoder, LiteratureUNet, Style, Up
+from nnssl.networks.conv_unet import CONV, ConvBlock, Decoder, Encoder, LiteratureUNet, Style, Up
 
 UNET = "nnssl.networks.conv_unet.LiteratureUNet"
 
@@ -141,3 +141,21 @@ def test_without_a_skip_only_its_size_counts():
         up = Up(Style(2), 4, 2, skip=kept)
         assert up(x, skip).shape == skip.shape
         assert torch.equal(up(x, skip), up(x, torch.zeros_like(skip))) != kept
+
+
+def test_channels_last_convolution_equals_the_usual_one_with_usual_strides():
+    torch.manual_seed(0)
+    ours, usual = CONV[3](3, 4, (3, 1, 3), padding=(1, 0, 1)), torch.nn.Conv3d(3, 4, (3, 1, 3), padding=(1, 0, 1))
+    usual.load_state_dict(ours.state_dict())
+    outcomes = []
+    for convolution in (ours, usual):
+        x = torch.randn(2, 3, 5, 6, 7, generator=torch.Generator().manual_seed(1), requires_grad=True)
+        layouts = []
+        x.register_hook(lambda gradient, layouts=layouts: layouts.append(gradient.is_contiguous()))
+        y = convolution(x)
+        y.square().sum().backward()
+        assert y.is_contiguous()
+        assert layouts == [True]
+        outcomes.append([y, x.grad, convolution.weight.grad, convolution.bias.grad])
+    for got, want in zip(*outcomes, strict=True):
+        torch.testing.assert_close(got, want)
