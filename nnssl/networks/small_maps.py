@@ -6,8 +6,6 @@ own, so that weights turn NaN now and then, or wrong, or the process dies.
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor, nn
 
@@ -32,9 +30,8 @@ class _Guard(nn.Module):
             return super().forward(x.float())
 
 
-@functools.cache
-def _guarded(kind: type[nn.Module]) -> type[nn.Module]:
-    return type(kind.__name__, (_Guard, kind), {})
+#: One guarded class a convolution's own class.
+_GUARDED: dict[type, type] = {}
 
 
 def guard_small_maps(module: nn.Module) -> None:
@@ -45,5 +42,5 @@ def guard_small_maps(module: nn.Module) -> None:
     """
     for layer in module.modules():
         if isinstance(layer, (nn.Conv2d, nn.Conv3d)) and not isinstance(layer, _Guard):
-            kind: type[nn.Module] = type(layer)
-            layer.__class__ = _guarded(kind)
+            kind = type(layer)
+            layer.__class__ = _GUARDED.setdefault(kind, type(kind.__name__, (_Guard, kind), {}))
