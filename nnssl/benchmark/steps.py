@@ -24,7 +24,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Time interleaved steps on one fixed batch and count the FLOPs of one step each."""
     from nnssl.cli.train import parse_settings
+    from nnssl.training.allocator import keep_freed_memory
 
+    if args.device == "cpu":
+        keep_freed_memory()  # as nnssl_train does
     sides = {}
     for name in ["SupervisedTrainer", *args.tr]:
         settings = parse_settings(args.set) if name != "SupervisedTrainer" else {}

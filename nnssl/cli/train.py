@@ -67,7 +67,11 @@ def execute(args: argparse.Namespace) -> None:
         preset_settings, preset_options = train_section(args.preset, args.tr)
         settings, options = preset_settings | settings, preset_options | options
     from nnssl.trainers.launch import Job, best_device, run_job
+    from nnssl.training.allocator import keep_freed_memory
 
+    device = args.device or best_device()
+    if device == "cpu":  # here, not in the trainer: this process is the command's own
+        keep_freed_memory()
     run_job(
         Job(
             dataset=args.dataset,
@@ -78,7 +82,7 @@ def execute(args: argparse.Namespace) -> None:
             run=args.run,
             settings=settings,
             options=options,
-            device=args.device or best_device(),
+            device=device,
             num_gpus=args.num_gpus,
             continue_training=args.c,
             only_validation=args.val or args.val_best,
