@@ -13,7 +13,7 @@ from nnssl.errors import UserError
 
 def main(argv: list[str] | None = None) -> int:
     """Run one benchmark, print its table as JSON, and store it with ``-o``."""
-    from nnssl.benchmark import convert, flops, predict, preprocess, scan, steps
+    from nnssl.benchmark import branches, convert, flops, predict, preprocess, scan, steps
 
     parser = argparse.ArgumentParser(prog="python -m nnssl.benchmark", description=__doc__)
     parser.add_argument("-o", type=Path, help="also write the result to this JSON file")
@@ -21,6 +21,7 @@ def main(argv: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="what", required=True)
     parts = {
         "steps": steps,
+        "branches": branches,
         "scan": scan,
         "predict": predict,
         "preprocess": preprocess,

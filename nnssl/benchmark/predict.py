@@ -1,4 +1,4 @@
-"""Cost of prediction: ``nnssl_predict`` against ``nnUNetv2_predict`` on the same model and folder."""
+"""Cost of prediction: ``nnssl_predict`` against ``nnUNetv2_predict`` on the same model, or against another model."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the prediction benchmark."""
     parser.add_argument("-i", required=True, help="folder of images")
     parser.add_argument("-m", required=True, help="model folder (TRAINER__PLANS__CONFIGURATION)")
+    parser.add_argument("--control", help="compare with nnssl_predict of this model folder instead of stock prediction")
     parser.add_argument("-f", default="all", help="fold")
     parser.add_argument("--repeats", type=int, default=5, help="timed runs of each side (default %(default)s)")
     parser.add_argument("-device", default="cpu")
@@ -34,19 +35,23 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from nnssl.trainers.registry import shim_folder
 
     environment = {**os.environ, "nnUNet_extTrainer": str(shim_folder())}
+    other = "control" if args.control else "nnUNetv2_predict"
     with tempfile.TemporaryDirectory() as folder:
-        common = ["-i", args.i, "-m", args.m, "-f", args.f, "-device", args.device]
+        common = ["-i", args.i, "-f", args.f, "-device", args.device]
         ours = "import sys; from nnssl.cli.predict import main; sys.exit(main())"
 
-        def call(code: str, out: str) -> None:
-            command = [sys.executable, "-c", code, *common, "-o", str(Path(folder, out))]
+        def call(code: str, model: str, out: str) -> None:
+            command = [sys.executable, "-c", code, *common, "-m", model, "-o", str(Path(folder, out))]
             subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL)
 
-        sides = {"nnUNetv2_predict": lambda: call(STOCK_PREDICT, "stock"), "nnssl_predict": lambda: call(ours, "ours")}
+        sides = {
+            other: lambda: call(ours if args.control else STOCK_PREDICT, args.control or args.m, "other"),
+            "nnssl_predict": lambda: call(ours, args.m, "ours"),
+        }
         seconds = interleaved(sides, args.repeats)
-        names = sorted(p.name for p in Path(folder, "stock").glob("*.nii.gz"))
-        same = [n for n in names if Path(folder, "ours", n).read_bytes() == Path(folder, "stock", n).read_bytes()]
-    pairs = zip(seconds["nnssl_predict"], seconds["nnUNetv2_predict"], strict=True)
+        names = sorted(p.name for p in Path(folder, "other").glob("*.nii.gz"))
+        same = [n for n in names if Path(folder, "ours", n).read_bytes() == Path(folder, "other", n).read_bytes()]
+    pairs = zip(seconds["nnssl_predict"], seconds[other], strict=True)
     return {
         "cases": len(names),
         "identical_masks": len(same),

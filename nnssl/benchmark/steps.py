@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import tempfile
 from typing import Any
 
 from nnssl.benchmark.timing import interleaved, summary
@@ -58,29 +57,14 @@ class PreparedStep:
     """A trainer in the middle of its run with one batch in memory; nothing of it is kept."""
 
     def __init__(self, dataset: str, configuration: str, plans: str, trainer: str, settings: dict, device: str) -> None:
-        import os
+        from nnssl.benchmark.trainers import prepared_trainer
+        from nnssl.trainers.launch import Job
 
-        import torch
-
-        from nnssl.trainers.launch import Job, read_plans
-        from nnssl.trainers.registry import trainer_class
-
-        self.folder = tempfile.TemporaryDirectory()
-        before = os.environ.get("nnUNet_results")
-        os.environ["nnUNet_results"] = self.folder.name
-        try:
-            job = Job(dataset, configuration, trainer=trainer, plans=plans, settings=settings)
-            contents, dataset_json = read_plans(job)
-            self.trainer = trainer_class(trainer)(contents, configuration, "all", dataset_json, torch.device(device))
-            self.trainer.initialize()
-            self.trainer.dataloader_train, self.trainer.dataloader_val = self.trainer.get_dataloaders()
-            self.batch = next(self.trainer.dataloader_train)
-            self.trainer.close_loaders()
-        finally:
-            if before is None:
-                del os.environ["nnUNet_results"]
-            else:
-                os.environ["nnUNet_results"] = before
+        job = Job(dataset, configuration, trainer=trainer, plans=plans, settings=settings, device=device)
+        self.trainer, self.folder = prepared_trainer(job)
+        self.trainer.dataloader_train, self.trainer.dataloader_val = self.trainer.get_dataloaders()
+        self.batch = next(self.trainer.dataloader_train)
+        self.trainer.close_loaders()
         self.trainer.set_deep_supervision_enabled(self.trainer.enable_deep_supervision)
         self.trainer.network.train()
         self.trainer.global_step = self.trainer.run_options.total_steps // 2

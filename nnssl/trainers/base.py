@@ -451,7 +451,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             batches = (next(self.dataloader_val) for _ in range(self.num_val_iterations_per_epoch))
             outputs = [self.validation_step(batch) for batch in batches]
             self.on_validation_epoch_end(outputs)
-            branches = self._monitor_branches()
+            branches = self.watched_dice()
         self.epoch_seconds = time.monotonic() - started
         self.on_epoch_end(means, branches)
         self.epoch_seconds = 0.0
@@ -524,7 +524,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         self.print_to_log_file(f"\nEpoch {self.current_epoch}, learning rate {self.learning_rate():.5f}")
         self.logger.log("lrs", self.learning_rate(), self.current_epoch)
 
-    def _monitor_branches(self) -> dict[str, float | None]:
+    def watched_dice(self) -> dict[str, float | None]:
         """Return the Dice of each branch on the same monitoring patches every round."""
         for network in self._networks():
             network.eval()
