@@ -145,10 +145,12 @@ def find_source(table: Table, given: str | None) -> RawDataset:
     A data set that was imported by hand is found by its cases: it holds those that the split labels, with their labels.
 
     Raises:
-        UserError: if none or several are found.
+        UserError: if none or several are found, or the given one is another data set than the table's.
     """
     if given:
-        return RawDataset.load(find_dataset(given))
+        dataset = RawDataset.load(find_dataset(given))
+        _require_kind(table, dataset)
+        return dataset
     root = variable("nnUNet_raw")
     folders = [p for p in sorted(root.glob("Dataset[0-9][0-9][0-9]_*")) if (p / "dataset.json").is_file()]
     candidates = []
@@ -159,7 +161,7 @@ def find_source(table: Table, given: str | None) -> RawDataset:
     if not found and table.published is not None:
         with contextlib.suppress(UserError):  # without the package's split only a conversion can be found
             labeled = published(table, FOLDER).labeled
-            found = [d for d in candidates if _holds(d, labeled)]
+            found = [d for d in candidates if "source" not in d.nnssl and _holds(d, labeled)]
     if len(found) != 1:
         rule = f"{table.paper} {table.name} needs the data set {table.dataset} in {root}"
         got = ", ".join(d.name for d in found) or "none that fits"
@@ -184,6 +186,23 @@ def require_references(table: Table, dataset: RawDataset) -> tuple[Path, Path]:
         )
         raise UserError(rule, got, None, "convert the whole data set, or name other labeled cases with --test_ids")
     return dataset.folder / images, dataset.folder / labels
+
+
+def _require_kind(table: Table, dataset: RawDataset) -> None:
+    """Refuse a data set of another kind than the table's: its numbers would stand beside those of other scans."""
+    origin = dataset.nnssl.get("source")
+    if origin == table.dataset:
+        return
+    about, allowed = f"converted from {origin or 'nothing known'}", f"one converted from {table.dataset}"
+    if origin is None and table.published is not None:  # imported by hand: its cases say what it is
+        labeled = published(table, dataset.folder).labeled
+        if _holds(dataset, labeled):
+            return
+        about = f"with {len(_present(dataset, labeled))} of {len(labeled)} labeled cases"
+        allowed += f", or one with the cases that {table.published} labels, with their labels"
+    rule = f"{table.paper} {table.name} runs on the data set {table.dataset}"
+    remedy = f"name another -d, or convert it: nnssl_convert {table.dataset} SRC -d ID"
+    raise UserError(rule, f"{dataset.name}, {about}", allowed, remedy)
 
 
 def _holds(dataset: RawDataset, ids: Sequence[str]) -> bool:

@@ -52,6 +52,29 @@ def test_a_data_set_imported_by_hand_is_found_by_its_cases(tmp_path, monkeypatch
 
 
 @pytest.mark.usefixtures("toy_paper")
+def test_a_given_data_set_of_another_kind_is_refused(workspace, make_source):
+    table = find_table("toy", "Toy-1")
+    make_source(workspace / "raw", "Dataset951_Other", "ACDC")
+    error = r"toy Toy-1 runs on the data set Toy; got Dataset951_Other, converted from ACDC; allowed one converted .*-d"
+    with pytest.raises(UserError, match=error):
+        find_source(table, "951")
+    shutil.rmtree(workspace / "raw" / "Dataset950_Toy")
+    with pytest.raises(UserError, match="none that fits"):  # as little as by its cases, which two kinds may share
+        find_source(table, None)
+    make_source(workspace / "raw")
+    by_hand = make_source(workspace / "raw", "Dataset952_Hand", None)
+    shutil.copy(workspace / "raw" / "Dataset950_Toy" / "nnssl_published_splits.json", by_hand)
+    assert find_source(table, "952").name == "Dataset952_Hand"
+    (by_hand / "labelsTr" / "case0.nii.gz").unlink()
+    with pytest.raises(UserError, match=r"Dataset952_Hand, with 0 of 1 labeled cases; .*Toy-1 labels.*nnssl_convert"):
+        find_source(table, "952")
+    with pytest.raises(
+        UserError, match=r"Dataset952_Hand, converted from nothing known; allowed one converted from Toy"
+    ):
+        find_source(replace(table, published=None), "952")
+
+
+@pytest.mark.usefixtures("toy_paper")
 def test_all_labels_are_those_of_the_training_list_without_the_test_cases(workspace):
     table = find_table("toy", "Toy-1")
     for test_ids, labeled in ((None, 4), (("case3", "case4"), 3)):
