@@ -116,10 +116,10 @@ def compare(job: Job) -> str:
     return text
 
 
-def commands(table: Table, rest: Sequence[str]) -> list[str]:
+def commands(table: Table, rows: Sequence[Row], rest: Sequence[str]) -> list[str]:
     """Return one command a row, independent of the others; rows that can't be run stand as comments."""
     lines = []
-    for row in table.rows:
+    for row in rows:
         words = shlex.join(["nnssl_reproduce", table.paper, table.name, "--row", row.slug, *rest])
         lines.append(words if row.trainer else f"# reported only: {table.paper} {table.name}, {row.method}")
     return lines
