@@ -53,6 +53,12 @@ class Request:
         if not self.seeds or min(self.seeds) < 0:
             raise UserError("seeds must be numbers from 0 on", list(self.seeds), "--seeds 1 or more")
 
+    @property
+    def tag(self) -> str:
+        """What own settings and precision add to the names of runs and tables."""
+        own = f"-x{_digest(list(self.settings))}" if self.settings else ""
+        return own + (f"-{self.precision}" if self.precision else "")
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -159,8 +165,6 @@ def make_recipe(table: Table, row: Row, request: Request) -> Recipe:
     settings = {**_shrunk(train.get("set", {}), request.budget), **row.set}
     words = tuple(f"{key}={_word(value)}" for key, value in settings.items())
     words += request.settings
-    extra = f"-x{_digest(list(request.settings))}" if request.settings else ""
-    extra += f"-{request.precision}" if request.precision else ""
     return Recipe(
         row,
         section["configuration"],
@@ -170,7 +174,7 @@ def make_recipe(table: Table, row: Row, request: Request) -> Recipe:
         plans_name(section, patch, spacing),
         epochs,
         max(1, round(total / epochs)),
-        f"{table.paper.replace('_', '-')}-{row.slug}-b{request.budget:g}{extra}",
+        f"{table.paper.replace('_', '-')}-{row.slug}-b{request.budget:g}{request.tag}",
         words,
         request,
     )

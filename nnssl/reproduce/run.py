@@ -161,9 +161,19 @@ def _voxel(table: Table, dataset: RawDataset | None) -> list[float] | None:
 
 
 def _table_name(job: Job) -> str:
-    parts: list[Any] = [job.table.paper, job.table.name, f"b{job.request.budget:g}"]
-    if job.request.spacing:
-        parts.append("s" + "x".join(f"{v:g}" for v in job.request.spacing))
+    """Return a name that all that decides our numbers is in, so that no call's table replaces another's."""
+    request = job.request
+    # a job of one row, as --list prints them, writes the table of all: the rows are not in the name
+    parts: list[Any] = [job.table.paper, job.table.name, f"b{request.budget:g}", _seeds(request.seeds)]
+    if request.spacing:
+        parts.append("s" + "x".join(f"{v:g}" for v in request.spacing))
     if job.test_ids:
         parts.append(test_tag(job.test_ids))
-    return "_".join(map(str, parts))
+    return "_".join(map(str, parts)) + request.tag
+
+
+def _seeds(seeds: Sequence[int]) -> str:
+    """Return ``seeds3`` for seeds 0 to 2, ``seed5`` for the seed 5 alone."""
+    if seeds == tuple(range(len(seeds))) and len(seeds) > 1:
+        return f"seeds{len(seeds)}"
+    return "seed" + "-".join(map(str, seeds))

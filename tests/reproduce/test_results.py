@@ -185,6 +185,32 @@ def test_reported_numbers_are_printed_without_any_data(call, words, tmp_path, mo
     assert "±" not in text.split("Ours:")[0]
 
 
+def test_no_call_replaces_the_table_of_a_call_with_another_request(tmp_path, monkeypatch):
+    for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
+        monkeypatch.setenv(name, str(tmp_path))
+    ids = tmp_path / "ids.txt"
+    ids.write_text("a\n")
+    row = ["--row", "CAML"]
+    calls = [
+        [],
+        ["--seeds", "1"],
+        ["--seeds", "2"],
+        ["--seed", "2"],
+        ["--budget", "0.5"],
+        ["--precision", "bf16"],
+        [*row, "--set", "eta=1"],
+        [*row, "--set", "eta=2"],
+        ["--spacing", "1", "1", "1"],
+        ["--test_ids", str(ids)],
+    ]
+    for number, options in enumerate(calls, start=1):
+        assert main(["diffcl", "LA-4", *options, "--report", "-o", str(tmp_path / "o")]) == 0
+        assert len(list((tmp_path / "o" / "tables").glob("*.json"))) == number
+    for same in (row, ["-device", "cpu", "-np", "2"], ["--seeds", "3"]):
+        assert main(["diffcl", "LA-4", *same, "--report", "-o", str(tmp_path / "o")]) == 0
+        assert len(list((tmp_path / "o" / "tables").glob("*.json"))) == len(calls)
+
+
 def test_listing_loads_no_torch():
     call = "from nnssl.cli.reproduce import main; main(['diffcl', 'LA-4', '--list'])"
     code = f"import sys; {call}; assert 'torch' not in sys.modules"
