@@ -5,12 +5,15 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from nnssl.dataset_conversion.labels import parse_label_map
 from nnssl.dataset_conversion.published import Protocol, find_protocol
-from nnssl.dataset_conversion.subset import RECORD
+from nnssl.dataset_conversion.subset import RECORD, SubsetRequest, choose_cases
 from nnssl.errors import UserError
 from nnssl.imageio import split_ending
 from nnssl.layout import RawDataset, find_dataset, variable
@@ -46,20 +49,25 @@ class SubsetPlan:
         """Return the subset if it was made.
 
         Raises:
-            UserError: if a data set of that name is another one.
+            UserError: if a data set of that name is another one: from another source, or with other cases.
         """
         if self.protocol is None:
             return self.source
         found = sorted(variable("nnUNet_raw").glob(f"Dataset[0-9][0-9][0-9]_{self.name}"))
         if not found:
             return None
-        record = found[0] / RECORD
-        made_from = json.loads(record.read_text(encoding="utf-8")).get("source") if record.is_file() else "no record"
+        record = _read_record(found[0])
+        made_from = record.get("source", "no record")
         if len(found) > 1 or made_from != self.source.name:
             rule = f"{self.name} must be the one subset of {self.source.name}"
             got = f"{', '.join(p.name for p in found)}, from {made_from}"
             raise UserError(rule, got, None, "rename or remove it, or name its source with -d")
-        return RawDataset.load(found[0])
+        subset = RawDataset.load(found[0])
+        if different := self._differences(subset, record):
+            rule = f"{subset.name} must hold the cases that {self.protocol.name} asks of {self.source.name} now"
+            remedy = "rename or remove it, its preprocessed data and its results, then run the same command"
+            raise UserError(rule, f"another {', '.join(different)}", None, remedy)
+        return subset
 
     def words(self, ids: Path, processes: int | None) -> list[str]:
         """Return the command that makes it.
@@ -70,20 +78,46 @@ class SubsetPlan:
         """
         assert self.protocol is not None
         self._require_published(self.protocol)
+        asked = self._request()
         words = ["nnssl_make_subset", "-d", self.source.name, "-o", str(_free_id()), "-n", self.name]
-        if self.share == "few":
-            words += ["--published", self.protocol.name]
-            if self.test_ids:
-                words += ["--test_ids", _write_ids(ids / f"{self.name}_test.txt", self.test_ids)]
-        else:
-            test = self.test_ids or self.protocol.test
-            labeled = _present(self.source, [*self.protocol.labeled, *self.protocol.unlabeled], without=test)
-            words += ["--labeled_ids", _write_ids(ids / f"{self.name}_labeled.txt", labeled)]
-            for role, members in (("val", self.protocol.val), ("test", test)):
-                if there := _present(self.source, members):
-                    words += [f"--{role}_ids", _write_ids(ids / f"{self.name}_{role}.txt", there)]
+        words += ["--published", asked.published] if asked.published else []
+        for role, members in (("labeled", asked.labeled_ids), ("val", asked.val_ids), ("test", asked.test_ids)):
+            if members:
+                words += [f"--{role}_ids", _write_ids(ids / f"{self.name}_{role}.txt", members)]
         words += ["--label_map", self.label_map] if self.label_map else []
         return words + (["-np", str(processes)] if processes else []) + ["--link"]
+
+    def _request(self) -> SubsetRequest:
+        """Return what the command that makes it asks for."""
+        assert self.protocol is not None
+        protocol, label_map = self.protocol, parse_label_map(self.label_map or None)
+        if self.share == "few":
+            return SubsetRequest(published=protocol.name, test_ids=self.test_ids, label_map=label_map, link=True)
+        test = self.test_ids or protocol.test
+        labeled = _present(self.source, [*protocol.labeled, *protocol.unlabeled], without=test)
+        val, there = _present(self.source, protocol.val), _present(self.source, test)
+        return SubsetRequest(
+            labeled_ids=tuple(labeled),
+            val_ids=tuple(val) or None,
+            test_ids=tuple(there) or None,
+            label_map=label_map,
+            link=True,
+        )
+
+    def _differences(self, subset: RawDataset, record: dict[str, Any]) -> list[str]:
+        """Name what a subset has otherwise than one that would be made now: a name says nothing about cases."""
+        asked = self._request()
+        with warnings.catch_warnings():  # what is worth a warning was said when the subset was made
+            warnings.simplefilter("ignore")
+            selection = choose_cases(self.source, asked)
+        roles = {"labeled": "imagesTr", "unlabeled": "imagesUn", "val": "imagesVal", "test": "imagesTs"}
+        now: dict[str, Any] = {f"list of {role} cases": sorted(getattr(selection, role)) for role in roles}
+        then: dict[str, Any] = {f"list of {role} cases": sorted(subset.cases(roles[role])) for role in roles}
+        now["label map"] = {str(old): new for old, new in (asked.label_map or {}).items()}
+        then["label map"] = record.get("label_map", {})
+        for key in ("source", "layout", "provenance"):  # a source converted anew keeps its name
+            now[f"{key} of the scans"], then[f"{key} of the scans"] = self.source.nnssl.get(key), subset.nnssl.get(key)
+        return [key for key in now if now[key] != then[key]]
 
     def _require_published(self, protocol: Protocol) -> None:
         """Refuse a source that lacks labeled or test cases: its numbers would stand beside those of the whole list."""
@@ -94,6 +128,11 @@ class SubsetPlan:
             rule = f"{self.source.name} must hold every labeled and test case of {protocol.name}, with its label"
             got = f"{len(absent)} of {len(wanted)} are missing: {', '.join(absent[:5])}"
             raise UserError(rule, got, None, "convert the whole data set, or give --test_ids for other test cases")
+
+
+def _read_record(folder: Path) -> dict[str, Any]:
+    record = folder / RECORD
+    return json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
 
 
 def plan_subset(table: Table, share: str, given: str | None, test_ids: tuple[str, ...] | None) -> SubsetPlan:

@@ -128,6 +128,30 @@ def test_a_folder_of_the_subsets_name_from_elsewhere_is_refused(workspace):
         plan.existing()
 
 
+@pytest.mark.usefixtures("toy_paper")
+@pytest.mark.parametrize("share", ["few", "all"])
+def test_a_subset_of_the_same_name_with_other_content_is_refused(workspace, share):
+    table = find_table("toy", "Toy-1")
+    plan = plan_subset(table, share, None, None)
+    assert make_subset(words_of(plan, workspace)) == 0
+    assert plan_subset(table, share, None, None).existing().name == f"Dataset800_{plan.name}"
+    source = workspace / "raw" / "Dataset950_Toy"
+    splits, content = source / "nnssl_published_splits.json", source / "dataset.json"
+    changed = {
+        splits: ('"case0", "case1", "case2"', '"case1", "case2"', "list of (un)?labeled cases"),
+        content: ('"source": "Toy"', '"source": "Toy", "provenance": "label-cut"', "another provenance of the scans"),
+    }
+    for path, (old, new, error) in changed.items():
+        before = path.read_text()
+        path.write_text(before.replace(old, new))
+        with pytest.raises(UserError, match=f"must hold the cases that Toy-1 asks of Dataset950_Toy now; .*{error}"):
+            plan_subset(table, share, None, None).existing()
+        path.write_text(before)
+    with pytest.raises(UserError, match="another label map"):
+        plan_subset(replace(table, label_map="1:1,2:0"), share, None, None).existing()
+    assert plan_subset(table, share, None, None).existing() is not None
+
+
 def test_a_split_that_is_not_there_says_what_to_do(workspace, toy_paper):
     path = toy_paper / "tables" / "toy.json"
     path.write_text(path.read_text().replace('"published": "Toy-1"', '"published": "Toy-2"'))
