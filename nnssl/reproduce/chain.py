@@ -27,7 +27,7 @@ from nnssl.inference.models import FINAL_CHECKPOINT
 from nnssl.layout import RawDataset, variable
 from nnssl.reproduce.data import SubsetPlan, broken_masks, require_references
 from nnssl.reproduce.locks import alone
-from nnssl.reproduce.recipe import Recipe
+from nnssl.reproduce.recipe import Recipe, without
 from nnssl.reproduce.table import Table
 from nnssl.trainers.runs import model_folder
 
@@ -123,7 +123,7 @@ class Chain:
         words = recipe.plan_words(dataset.name)
         own = variable("nnUNet_preprocessed") / dataset.name
         record = own / FOLDER / f"{recipe.plans}.json"
-        made = {"words": _plan_of(words)}
+        made = recipe.plan_record(dataset.name)
         with alone(own / FOLDER / "lock", "planning and preprocessing", self._say):
             if _read(record) == made and (own / f"{recipe.plans}.json").is_file():
                 self.runner.skip(f"plan {recipe.plans}")
@@ -217,15 +217,6 @@ def _read(path: Path) -> dict | None:
         return None
 
 
-def _plan_of(words: Sequence[str]) -> list[str]:
-    return _without(words, "-np")
-
-
 def _run_of(words: Sequence[str]) -> list[str]:
     """Return the words that decide a run; the machine's do not."""
-    return _without(words, "-device", "-num_gpus")
-
-
-def _without(words: Sequence[str], *flags: str) -> list[str]:
-    drop = {i + k for i, word in enumerate(words) if word in flags for k in (0, 1)}
-    return [word for i, word in enumerate(words) if i not in drop]
+    return without(words, "-device", "-num_gpus")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -104,6 +105,12 @@ class Recipe:
             words += ["-np", str(self.request.processes)]
         return [*words, "-overwrite_plans_name", self.plans]
 
+    def plan_record(self, dataset: str) -> dict[str, Any]:
+        """Return what decides a plan, the same for rows that share it: presets of two names may plan alike."""
+        section = plan_section(load_preset(self._preset))
+        section["patch_size"] = list(self.patch)
+        return {"words": without(self.plan_words(dataset), "-np", "--preset"), "section": section}
+
     def train_words(self, dataset: str, seed: int) -> list[str]:
         """Return the command that trains one seed from the start."""
         words = ["nnssl_train", dataset, self.configuration, "all", *self._model(seed), "--preset", self._preset]
@@ -178,6 +185,12 @@ def make_recipe(table: Table, row: Row, request: Request) -> Recipe:
         words,
         request,
     )
+
+
+def without(words: Sequence[str], *flags: str) -> list[str]:
+    """Return a command's words without some flags and the word after each."""
+    drop = {i + k for i, word in enumerate(words) if word in flags for k in (0, 1)}
+    return [word for i, word in enumerate(words) if i not in drop]
 
 
 def plans_name(section: dict[str, Any], patch: tuple[int, ...], spacing: tuple[float, ...] | None) -> str:

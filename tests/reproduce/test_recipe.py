@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from importlib import import_module
 
@@ -74,6 +75,31 @@ def test_rows_with_one_plan_share_its_name_and_others_do_not():
     assert len(names) == 3
     section = {"batch_size": 2, "normalization": "NoNormalization"}
     assert plans_name(section, (8, 8), None) != plans_name({"batch_size": 2}, (8, 8), None)
+
+
+@pytest.mark.parametrize("spacing", [None, (4.0, 2.0, 2.0)])
+def test_rows_that_share_a_plan_share_its_record_and_others_do_not(spacing):
+    presets: dict[str, set[str]] = {}
+    records: dict[str, dict] = {}
+    for paper in papers():
+        for table in tables_of(paper).values():
+            for row in (r for r in table.rows if r.trainer):
+                processes = len(presets.get(row.preset, ())) + 1  # the machine's matter, as is the preset's name
+                found = make_recipe(table, row, Request(spacing=spacing, processes=processes))
+                assert found.plan_record("D") == records.setdefault(found.plans, found.plan_record("D"))
+                presets.setdefault(found.plans, set()).add(str(row.preset))
+    assert any(len(names) > 1 for names in presets.values()), "no two presets share a plan: nothing was tested"
+    assert len({json.dumps(record) for record in records.values()}) == len(records)
+
+
+def test_a_preset_that_plans_otherwise_has_another_record(tmp_path):
+    table = find_table("diffcl", "LA-4")
+    row, own = table.row("Diff-CL"), tmp_path / "own.json"
+    before = recipe().plan_record("D")
+    own.write_text(json.dumps({"extends": row.preset, "train": {"set": {"eta": 0.5}}}))
+    assert make_recipe(table, replace(row, preset=str(own)), Request()).plan_record("D") == before
+    own.write_text(json.dumps({"extends": row.preset, "plan": {"spacing": [1, 1, 1]}}))
+    assert make_recipe(table, replace(row, preset=str(own)), Request()).plan_record("D") != before
 
 
 def test_runs_of_one_table_never_meet():
