@@ -106,6 +106,24 @@ def test_rows_name_presets_and_settings_that_exist(table: Table, row: Row):
     assert row.share in ("few", "all")
 
 
+def test_no_method_that_exists_here_is_reported_only():
+    from nnssl.trainers.registry import TRAINERS
+
+    known = {name for info in TRAINERS.values() for name in info.method.split(", ")}
+    left = {row.method for table in TABLES if not table.why for row in table.rows if row.trainer is None}
+    assert not [method for method in left if method.split(" (")[0] in known]
+
+
+def test_methods_that_change_the_network_run_on_the_planned_one():
+    """Their own blocks go into the network that nnU-Net plans, which takes a preset without a network."""
+    from nnssl.plans.preset import load_preset
+
+    own = {"MCNet", "DTC", "SASSNet", "URPC", "CAML", "MLRPL", "SSNet", "INCL", "DST"}
+    for _, row in RUNNABLE:
+        if row.trainer.removesuffix("Trainer") in own:
+            assert "network" not in load_preset(row.preset)["plan"], row.method
+
+
 def test_misprints_are_found_and_nothing_else():
     found = {(t.name, r.method) for t in TABLES for r in t.rows if misprint(t, r)}
     assert found == {("LA-8", "SASSNet"), ("BraTS-50", "URPC"), ("Pancreas-6", "URPC"), ("Pancreas-12", "URPC")}
