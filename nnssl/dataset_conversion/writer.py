@@ -234,9 +234,9 @@ class RawDatasetWriter:
         write_json(self.temporary / "dataset.json", dataset.json)
         if self.folder.exists():
             raise _taken(self.folder)
-        (self.temporary / JOURNAL_NAME).unlink(missing_ok=True)
         self.temporary.rename(self.folder)
         self._temporary = None
+        (self.folder / JOURNAL_NAME).unlink(missing_ok=True)  # last: a folder without its name and journal is lost
         return verified.set_aside
 
 
@@ -294,6 +294,7 @@ def new_dataset_folder(dataset_id: int, name: str) -> Path:
         raise UserError("a data set name has no blanks and no prefix", repr(name), allowed, "choose another -n")
     folder = variable("nnUNet_raw") / f"Dataset{dataset_id:03d}_{name}"
     if taken := sorted(folder.parent.glob(f"Dataset{dataset_id:03d}_*")):
+        (taken[0] / JOURNAL_NAME).unlink(missing_ok=True)  # of a run that was killed when the data set was whole
         raise _taken(taken[0])
     for other in ("nnUNet_preprocessed", "nnUNet_results"):  # nnU-Net looks an id up in all three
         root = os.environ.get(other)

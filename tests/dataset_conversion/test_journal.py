@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -137,6 +139,50 @@ def test_full_disk_keeps_what_is_finished(synapse: Path, raw: Path, stop):
     written = stop()
     run(synapse)
     assert written == IDS[3:]
+
+
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("call", ["write_text", "rename", "unlink"])
+def test_a_kill_at_any_point_of_the_end_loses_no_case(synapse: Path, raw: Path, stop, call: str, after: bool):
+    number, folder = 0, raw / "Dataset060_Synapse"
+    while True:  # kill at the first such call, then at the second, until there is none more
+        with pytest.MonkeyPatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+            calls = killed_at(patch, call, number, after)
+            run(synapse)
+        if len(calls) <= number:
+            break
+        written = stop()
+        if folder.exists():  # the data set is whole
+            with pytest.raises(UserError, match="a data set id is used once"):
+                run(synapse)
+        else:
+            run(synapse)
+        assert written == []
+        assert [path.name for path in raw.iterdir()] == [folder.name]
+        assert NAME not in files(folder)
+        assert len(files(folder)) == 2 * len(IDS) + 2
+        shutil.rmtree(folder)
+        number += 1
+    assert number > 0
+
+
+def killed_at(patch: pytest.MonkeyPatch, name: str, number: int, after: bool) -> list[Path]:
+    """Let a method of Path interrupt its Nth call on the data set, before or after it; return the list of calls."""
+    original, calls = getattr(Path, name), []
+
+    def call(path: Path, *args: object, **options: object) -> object:
+        if "Dataset060" not in str(path):
+            return original(path, *args, **options)
+        calls.append(path)
+        if len(calls) == number + 1 and not after:
+            raise KeyboardInterrupt
+        result = original(path, *args, **options)
+        if len(calls) == number + 1:
+            raise KeyboardInterrupt
+        return result
+
+    patch.setattr(Path, name, call)
+    return calls
 
 
 def test_fault_in_the_data_leaves_nothing(synapse: Path, raw: Path):
