@@ -15,7 +15,7 @@ from nnssl.dataset_conversion.orientation import better_turned
 from nnssl.dataset_conversion.published import load_published
 from nnssl.dataset_conversion.volumes import read_again
 from nnssl.errors import UserError
-from nnssl.imageio import ImageReadError, read_image
+from nnssl.imageio import Geometry, ImageReadError, read_image, turned_onto
 from nnssl.plans.verify import listed
 
 _SOFT_TISSUE = (-150, 350)  # HU; the pancreas, its vessels and the fat between its lobes
@@ -75,7 +75,8 @@ def read_label(path: Path, series: Path) -> Any:
     """
     import SimpleITK as sitk
 
-    label, image = read_image(path), read_again(series)
+    stored, image = read_image(path), read_again(series)
+    label = turned_onto(stored, Geometry.of(image))  # how the writer will put it onto the image
     if label.GetSize() != image.GetSize():
         raise ImageReadError(f"size {image.GetSize()} and {label.GetSize()} (image, label)")
     values = sitk.GetArrayViewFromImage(image)[sitk.GetArrayViewFromImage(label) > 0]
@@ -86,7 +87,7 @@ def read_label(path: Path, series: Path) -> Any:
     arrays = sitk.GetArrayViewFromImage(image), sitk.GetArrayViewFromImage(label)
     if turned := better_turned(*arrays, *_SOFT_TISSUE, _MARGIN):  # the liver's side is soft tissue as well
         raise ImageReadError(f"{turned} (HU): it is stored in another order of the voxels than {series}")
-    return label
+    return stored
 
 
 def _patients(source: Path) -> dict[str, Path]:

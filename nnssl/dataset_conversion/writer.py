@@ -26,8 +26,9 @@ from nnssl.imageio import (
     Geometry,
     ImageReadError,
     read_array,
+    read_grid,
+    share_grid,
     split_ending,
-    take_grid,
     view,
     write_image,
     write_label,
@@ -163,7 +164,8 @@ class RawDatasetWriter:
             label_map: old value -> new value of the labels.
             num_processes: worker processes.
             scan: check every case right after it is written; :meth:`finish` then need not read it again.
-            share_voxels: a label whose size and spacing are its image's takes over the rest of the image's grid.
+            share_voxels: a label whose size and spacing are its image's takes over the rest of the image's grid; see
+            :func:`nnssl.imageio.share_grid`.
 
         Raises:
             UserError: if an image or label outside imagesUn cannot be read, or a label value is not in ``label_map``.
@@ -399,7 +401,8 @@ def _write_label(
         if label.GetDimension() > 3 or label.GetNumberOfComponentsPerPixel() > 1:
             what = f"{label.GetDimension()} axes, {label.GetNumberOfComponentsPerPixel()} values a voxel"
             raise ImageReadError(f"{what}; a label has 2 or 3, and one")
-        note = take_grid(label, image_file) if task.share_voxels else None
+        if task.share_voxels:
+            label, note = share_grid(label, read_grid(image_file))
         array, grid = view(label)[0], Geometry.of(label)
     counts = whole_values(array)
     if task.label_map is not None:
