@@ -83,6 +83,13 @@ def test_every_explanation_is_used():
         assert set(names) == {name for table in TABLES for name in getattr(table, kind)}
 
 
+def test_a_flaw_of_one_direction_stands_under_that_direction():
+    text = "CT to MR"
+    for table in TABLES:
+        directed = [line for line in explain("flaws", table.flaws) if text in line]
+        assert bool(directed) == (table.name == "MMWHS-CT2MR")
+
+
 def test_splits_that_ship_with_the_package_are_those_of_the_tables():
     shipped: dict[str, set[str]] = {}
     for path in PUBLISHED.glob("*.json"):
