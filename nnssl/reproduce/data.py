@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import warnings
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ from nnssl.dataset_conversion.subset import RECORD, SubsetRequest, choose_cases
 from nnssl.errors import UserError
 from nnssl.imageio import split_ending
 from nnssl.layout import RawDataset, find_dataset, variable
+from nnssl.reproduce.recipe import digest
 from nnssl.reproduce.table import FOLDER, Table
 
 #: Ids that subsets take, the first free one.
@@ -153,7 +153,10 @@ def plan_subset(table: Table, share: str, given: str | None, test_ids: tuple[str
             raise UserError(f"{table.dataset} is used as it was converted", "--test_ids", None, "leave it out")
         return SubsetPlan("", source, None, share, None)
     protocol = published(table, source.folder)
-    name = "Repro_" + table.published.replace("-", "_") + ("_all" if share == "all" else "")
+    name = "Repro_" + table.published.replace("-", "_")
+    if share == "all":  # one for all numbers of labels, whose lists are the same together
+        lists = [sorted([*protocol.labeled, *protocol.unlabeled]), sorted(protocol.val), sorted(protocol.test)]
+        name = f"Repro_{table.dataset.replace('-', '_')}_all_{digest([lists, table.label_map])}"
     if test_ids:
         name += "_" + test_tag(test_ids)
     return SubsetPlan(name, source, protocol, share, test_ids, table.label_map)
@@ -161,7 +164,7 @@ def plan_subset(table: Table, share: str, given: str | None, test_ids: tuple[str
 
 def test_tag(test_ids: Sequence[str]) -> str:
     """Return a short name of a substitute test set: the same for the same ids in any order."""
-    return "t" + hashlib.sha256("\n".join(sorted(test_ids)).encode()).hexdigest()[:6]
+    return "t" + digest(sorted(test_ids))[1:]
 
 
 def published(table: Table, folder: Path) -> Protocol:

@@ -57,7 +57,7 @@ class Request:
     @property
     def tag(self) -> str:
         """What own settings and precision add to the names of runs and tables."""
-        own = f"-x{_digest(list(self.settings))}" if self.settings else ""
+        own = f"-x{digest(list(self.settings))}" if self.settings else ""
         return own + (f"-{self.precision}" if self.precision else "")
 
 
@@ -172,6 +172,8 @@ def make_recipe(table: Table, row: Row, request: Request) -> Recipe:
     settings = {**_shrunk(train.get("set", {}), request.budget), **row.set}
     words = tuple(f"{key}={_word(value)}" for key, value in settings.items())
     words += request.settings
+    # tables share the data set with all labels; rows of one name share a run only if they are as long
+    length = f"-i{published}" if row.share == "all" else ""
     return Recipe(
         row,
         section["configuration"],
@@ -181,7 +183,7 @@ def make_recipe(table: Table, row: Row, request: Request) -> Recipe:
         plans_name(section, patch, spacing),
         epochs,
         max(1, round(total / epochs)),
-        f"{table.paper.replace('_', '-')}-{row.slug}-b{request.budget:g}{request.tag}",
+        f"{table.paper.replace('_', '-')}-{row.slug}{length}-b{request.budget:g}{request.tag}",
         words,
         request,
     )
@@ -200,7 +202,7 @@ def plans_name(section: dict[str, Any], patch: tuple[int, ...], spacing: tuple[f
         tokens.append("s" + "x".join(f"{v:g}".replace(".", "-") for v in spacing))
     tokens.append(f"b{section['batch_size']}")
     rest = {key: section[key] for key in ("network", "normalization", "base_features") if key in section}
-    return "_".join([*tokens, _digest(rest)] if rest else tokens)
+    return "_".join([*tokens, digest(rest)] if rest else tokens)
 
 
 def _factors(table: Table, request: Request, axes: int) -> tuple[float, ...]:
@@ -221,5 +223,6 @@ def _word(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) or value is None else str(value)
 
 
-def _digest(value: Any) -> str:
+def digest(value: Any) -> str:
+    """Return a short name of a JSON value."""
     return "h" + hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:6]

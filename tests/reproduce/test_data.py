@@ -88,6 +88,20 @@ def test_all_labels_are_those_of_the_training_list_without_the_test_cases(worksp
         assert not set(made.cases("imagesTr")) & set(made.cases("imagesTs"))
 
 
+def test_tables_share_the_subset_with_all_labels_where_it_is_the_same(workspace, make_source):
+    names = {}
+    for paper, table in (("diffcl", "LA-4"), ("diffcl", "LA-8"), ("generic_ssl", "LA-4"), ("diffrect", "ACDC-1")):
+        found = find_table(paper, table)
+        make_source(workspace / "raw", "Dataset951_X", found.dataset)
+        names[paper, table] = [plan_subset(found, share, "951", None).name for share in ("few", "all")]
+        other = replace(found, label_map="1:1")
+        assert plan_subset(other, "all", "951", None).name != names[paper, table][1]
+        assert plan_subset(found, "all", "951", ("a",)).name != names[paper, table][1]
+    (la4, all4), (la8, all8), (other4, other_all), (_, acdc) = names.values()
+    assert la4 == other4 != la8
+    assert all4 == all8 == other_all != acdc
+
+
 @pytest.mark.usefixtures("workspace", "toy_paper")
 def test_a_tables_label_map_reaches_the_subset():
     table = replace(find_table("toy", "Toy-1"), label_map="1:1,2:0")
@@ -144,12 +158,20 @@ def test_a_subset_of_the_same_name_with_other_content_is_refused(workspace, shar
     for path, (old, new, error) in changed.items():
         before = path.read_text()
         path.write_text(before.replace(old, new))
-        with pytest.raises(UserError, match=f"must hold the cases that Toy-1 asks of Dataset950_Toy now; .*{error}"):
-            plan_subset(table, share, None, None).existing()
+        asked = plan_subset(table, share, None, None)
+        if asked.name != plan.name:  # the lists are in the name of a subset with all labels
+            assert (share, path, asked.existing()) == ("all", splits, None)
+        else:
+            with pytest.raises(UserError, match=f"the cases that Toy-1 asks of Dataset950_Toy now; .*{error}"):
+                asked.existing()
         path.write_text(before)
     with pytest.raises(UserError, match="another label map"):
-        plan_subset(replace(table, label_map="1:1,2:0"), share, None, None).existing()
+        replace(plan, label_map="1:1,2:0").existing()
     assert plan_subset(table, share, None, None).existing() is not None
+    for path in source.glob("*Tr/case2*"):
+        path.unlink()
+    with pytest.raises(UserError, match=r"another list of (un)?labeled cases"):
+        plan_subset(table, share, None, None).existing()
 
 
 def test_a_split_that_is_not_there_says_what_to_do(workspace, toy_paper):

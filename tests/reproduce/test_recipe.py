@@ -107,6 +107,12 @@ def test_runs_of_one_table_never_meet():
         for table in tables_of(paper).values():
             rows = [make_recipe(table, row, Request()) for row in table.rows if row.trainer]
             assert len({(r.plans, r.row.trainer, r.run) for r in rows}) == len(rows)
+    every = [make_recipe(t, row, Request()) for t, row in RUNNABLE if row.share == "all"]  # tables share that data set
+    runs: dict[tuple, list[str]] = {}
+    for found in every:
+        words = runs.setdefault((found.plans, found.row.trainer, found.run), found.train_words("D", 0))
+        assert words == found.train_words("D", 0)
+    assert len(runs) < len(every), "no two tables share a run: nothing was tested"
     assert recipe(budget=0.5).run != recipe(budget=0.25).run
     assert recipe().name(0) != recipe().name(1)
 
