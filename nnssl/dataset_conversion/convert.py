@@ -62,7 +62,8 @@ def convert(
         folder of the raw data set, and what was set aside.
 
     Raises:
-        UserError: if source or name are unknown, or a case cannot be used; nothing is left behind.
+        UserError: if source or name are unknown, or a case cannot be used; there is no data set then, and what was
+            finished is kept for the next call.
     """
     options = options or ConvertOptions()
     if source_name not in CONVERTERS:

@@ -65,7 +65,13 @@ class Journal:
     def add(self, key: str, sources: Iterable[Path], targets: Iterable[Path], record: dict[str, Any]) -> None:
         """Record a finished case; ``targets`` are files below the folder, closed already."""
         sizes = {str(path.relative_to(self.folder)): _size(path) for path in targets}
-        self._append({"key": key, "sources": stamps(sources), "targets": sizes, "record": record})
+        entry = {"key": key, "sources": stamps(sources), "targets": sizes, "record": record}
+        self._append(entry)
+        self._finished[key] = entry
+
+    def __len__(self) -> int:
+        """Return the number of cases that this run or one before it has finished."""
+        return len(self._finished)
 
     def _append(self, content: dict[str, Any]) -> None:
         self._file.write(json.dumps(content) + "\n")

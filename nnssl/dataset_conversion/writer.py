@@ -83,8 +83,8 @@ class RawDatasetWriter:
     """Write a new raw data set: all of it or nothing.
 
     Everything goes to a hidden sibling folder, which :meth:`finish` renames and an error removes. With ``request`` the
-    folder outlives what is no fault of the data (a kill, an interrupt, a full disk), and the next writer with an equal
-    request goes on from the cases that were finished.
+    folder outlives a kill, an interrupt, a full disk, and a fault of the data that comes after finished cases; the next
+    writer with an equal request goes on from these. A case is finished as long as its sources stay as they were.
 
     Args:
         dataset_id: 1 to 999, not in use.
@@ -135,9 +135,12 @@ class RawDatasetWriter:
         if self._journal is not None:
             self._journal.__exit__(kind, error, trace)
         no_fault = isinstance(error, (OSError, InterruptionError)) or not isinstance(error, (Exception, type(None)))
-        kept = self._journal is not None and no_fault
+        kept = self._journal is not None and (no_fault or len(self._journal) > 0)
         if self._temporary is not None and not kept:
             shutil.rmtree(self._temporary, ignore_errors=True)
+        if self._temporary is not None and kept and isinstance(error, UserError) and not no_fault:
+            text = f"{len(self._journal or ())} finished cases are kept in {self._temporary}"
+            print(f"{text}: mend the fault and run the same command, or remove that folder", file=sys.stderr)
         if isinstance(error, OSError):
             remedy = "make room or mend rights" + (", then run the same command: it goes on" if kept else "")
             raise UserError("the raw data set must be written in full", error, None, remedy) from error

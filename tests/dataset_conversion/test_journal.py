@@ -185,8 +185,38 @@ def killed_at(patch: pytest.MonkeyPatch, name: str, number: int, after: bool) ->
     return calls
 
 
-def test_fault_in_the_data_leaves_nothing(synapse: Path, raw: Path):
-    (synapse / "Training/label/label0004.nii.gz").write_bytes(b"no image")
+def test_fault_in_one_case_keeps_the_finished_ones(synapse: Path, raw: Path, stop, capsys):
+    label = synapse / "Training/label/label0004.nii.gz"
+    good = label.read_bytes()
+    label.write_bytes(b"no image")
+    with pytest.raises(UserError, match="every label must be readable"):
+        run(synapse)
+    assert [path.name for path in raw.iterdir()] == [PARTIAL]
+    text = f"3 finished cases are kept in {raw / PARTIAL}: mend the fault and run the same command"
+    assert text in capsys.readouterr().err
+    label.write_bytes(good)
+    written = stop()
+    folder = run(synapse)
+    assert written == IDS[3:]
+    assert [path.name for path in raw.iterdir()] == [folder.name]
+
+
+def test_fault_that_the_last_check_finds_keeps_the_other_cases(synapse: Path, raw: Path, stop, toy):
+    label = synapse / "Training/label/label0002.nii.gz"
+    good = label.read_bytes()
+    wrong = toy.mask(1)
+    wrong.SetSpacing((1.0, 1.0, 1.0))
+    toy.write(wrong, label)
+    with pytest.raises(UserError, match="one grid"):
+        run(synapse)
+    label.write_bytes(good)
+    written = stop()
+    run(synapse)
+    assert written == ["img0002"]
+
+
+def test_fault_before_any_case_is_finished_leaves_nothing(synapse: Path, raw: Path):
+    (synapse / "Training/label/label0001.nii.gz").write_bytes(b"no image")
     with pytest.raises(UserError, match="every label must be readable"):
         run(synapse)
     assert list(raw.iterdir()) == []
