@@ -244,6 +244,29 @@ def test_line_that_a_kill_cut_short_counts_as_not_written(tmp_path: Path):
             assert journal.finished("three", []) is None
 
 
+def test_files_reach_the_disk_before_the_line_that_names_them(tmp_path: Path, monkeypatch):
+    synced: list[tuple[str, int]] = []
+    original = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        synced.append((path.name, path.stat().st_size))
+        original(descriptor)
+
+    if not Path("/proc/self/fd").is_dir():
+        pytest.skip("no names of open files on this system")
+    monkeypatch.setattr(os, "fsync", fsync)
+    with Journal(tmp_path, {"x": 1}) as journal:
+        (tmp_path / "a").write_text("abc")
+        (tmp_path / "link").symlink_to(tmp_path / "a")
+        synced.clear()
+        before = (tmp_path / NAME).stat().st_size
+        journal.add("one", [], [tmp_path / "a", tmp_path / "link"], {})
+    assert [name for name, _ in synced] == ["a", NAME]
+    assert synced[0][1] == 3
+    assert synced[1][1] == (tmp_path / NAME).stat().st_size > before
+
+
 def test_other_request_finds_an_empty_folder(tmp_path: Path):
     (tmp_path / "imagesTr").mkdir()
     (tmp_path / "imagesTr" / "a").write_text("a")
