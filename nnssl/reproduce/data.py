@@ -15,7 +15,7 @@ from nnssl.dataset_conversion.published import Protocol, find_protocol
 from nnssl.dataset_conversion.subset import RECORD, SubsetRequest, choose_cases
 from nnssl.errors import UserError
 from nnssl.imageio import split_ending
-from nnssl.layout import RawDataset, find_dataset, variable
+from nnssl.layout import IMAGE_FOLDERS, RawDataset, find_dataset, variable
 from nnssl.reproduce.recipe import digest
 from nnssl.reproduce.table import FOLDER, Table
 
@@ -86,6 +86,20 @@ class SubsetPlan:
                 words += [f"--{role}_ids", _write_ids(ids / f"{self.name}_{role}.txt", members)]
         words += ["--label_map", self.label_map] if self.label_map else []
         return words + (["-np", str(processes)] if processes else []) + ["--link"]
+
+    def missing(self) -> str:
+        """Say how many unlabeled cases of the published list the source lacks; empty: none.
+
+        Training goes on without them, other than without labeled or test cases, so every number must say it.
+        """
+        if self.protocol is None or self.share == "all":
+            return ""
+        known: set[str] = set()
+        for folder in IMAGE_FOLDERS:
+            for case in self.source.cases(folder):
+                known |= {case, self.source.patient(case)}
+        absent = sum(name not in known for name in self.protocol.unlabeled)
+        return f"{absent} of {len(self.protocol.unlabeled)} unlabeled ids missing" if absent else ""
 
     def _request(self) -> SubsetRequest:
         """Return what the command that makes it asks for."""

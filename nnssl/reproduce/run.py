@@ -97,9 +97,11 @@ def _run_work(chain: Chain, work: Work, request: Request) -> None:
 def compare(job: Job) -> str:
     """Write and return the table: reported numbers of every row, ours as far as they are there."""
     data_sets: dict[str, RawDataset | None] = {}
+    missing: dict[str, str] = {}
     for share in dict.fromkeys(row.share for row in job.table.rows if row.trainer):
         with contextlib.suppress(UserError):  # without its data nothing was run, and the reported numbers stand alone
-            data_sets[share] = plan_subset(job.table, share, job.source, job.test_ids).existing()
+            subset = plan_subset(job.table, share, job.source, job.test_ids)
+            data_sets[share], missing[share] = subset.existing(), subset.missing()
     chain = Chain(job.table, job.root, StepRunner(job.root / "logs", 0))
     rows = []
     for row in job.table.rows:
@@ -107,7 +109,7 @@ def compare(job: Job) -> str:
         recipe = make_recipe(job.table, row, job.request) if row.trainer else None
         seeds = job.request.seeds if recipe and dataset else ()
         places = [chain.place(recipe, dataset, seed) for seed in seeds] if recipe and dataset else []
-        marks = tags(job.table, job.request, dataset, job.test_ids is not None)
+        marks = tags(job.table, job.request, dataset, job.test_ids is not None, missing.get(row.share, ""))
         rows.append(row_result(job.table, row, recipe, places, marks))
     data = as_data(job.table, job.request, rows, _voxel(job.table, data_sets.get("few")))
     text = as_text(data)

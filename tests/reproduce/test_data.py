@@ -12,6 +12,8 @@ import pytest
 from nnssl.cli.make_subset import main as make_subset
 from nnssl.errors import UserError
 from nnssl.reproduce.data import broken_masks, find_source, plan_subset, require_references
+from nnssl.reproduce.recipe import Request, make_recipe
+from nnssl.reproduce.run import Job, compare
 from nnssl.reproduce.table import find_table
 
 
@@ -132,6 +134,30 @@ def test_a_source_without_a_published_test_case_is_refused_unless_others_are_nam
     with pytest.raises(UserError, match=r"1 of \d are missing: case5; .*--test_ids"):
         plan_subset(table, share, None, None).words(workspace, 1)
     assert plan_subset(table, share, None, ("case3", "case4")).words(workspace, 1)[0] == "nnssl_make_subset"
+
+
+@pytest.mark.usefixtures("toy_paper")
+def test_unlabeled_cases_that_the_source_lacks_are_told_in_the_table(workspace):
+    table = find_table("toy", "Toy-1")
+    job = Job(table, table.rows, Request(), None, None, workspace / "o")
+    plan = plan_subset(table, "few", None, None)
+    assert plan.missing() == ""
+    source = workspace / "raw" / "Dataset950_Toy"
+    (source / "labelsTr" / "case1.nii.gz").unlink()  # an unlabeled case needs none
+    assert plan.missing() == ""
+    (source / "imagesTr" / "case1_0000.nii.gz").unlink()
+    plan = plan_subset(table, "few", None, None)
+    assert plan.missing() == "1 of 3 unlabeled ids missing"
+    assert plan_subset(table, "all", None, None).missing() == ""  # which needs them with labels, and is refused
+    assert make_subset(words_of(plan, workspace)) == 0
+    name = plan.existing().name
+    recipe = make_recipe(table, table.row("Control"), Request())
+    scores = workspace / "o" / name / recipe.plans / recipe.name(0) / "test_mm.json"
+    scores.parent.mkdir(parents=True)
+    values = {"dice": 0.5, "jaccard": 0.4, "hd95": 1.0, "assd": 1.0}
+    scores.write_text(json.dumps({"foreground_mean": values}))
+    (line,) = [line for line in compare(job).splitlines() if "50.00" in line and "here, mm" in line]
+    assert line.endswith("1 of 3 unlabeled ids missing")
 
 
 @pytest.mark.usefixtures("toy_paper")
