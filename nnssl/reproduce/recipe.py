@@ -159,12 +159,15 @@ def make_recipe(table: Table, row: Row, request: Request) -> Recipe:
     section = plan_section(preset)
     spacing = request.spacing or table.spacing
     factors = _factors(table, request, len(section["patch_size"]))
-    patch = tuple(
+    order = _order(table, request, len(section["patch_size"]))
+    sizes = [
         size if factor == 1 else max(DIVISOR, DIVISOR * math.ceil(size * factor / DIVISOR - 1e-9))
         for size, factor in zip(section["patch_size"], factors, strict=True)
-    )
+    ]
+    patch = tuple(sizes[axis] for axis in order)
     given = preset.get("predict", {}).get("stride")
-    stride = tuple(max(1, round(s * f)) for s, f in zip(given, factors, strict=True)) if given else None
+    steps = [max(1, round(s * f)) for s, f in zip(given, factors, strict=True)] if given else []
+    stride = tuple(steps[axis] for axis in order) if steps else None
     train = preset["train"]
     published = row.iterations or train["epochs"] * train["iterations_per_epoch"]
     total = max(1, round(published * request.budget))
@@ -206,11 +209,34 @@ def plans_name(section: dict[str, Any], patch: tuple[int, ...], spacing: tuple[f
 
 
 def _factors(table: Table, request: Request, axes: int) -> tuple[float, ...]:
-    """Return voxels of the plan per voxel of the paper's grid, one number an axis of the patch."""
+    """Return voxels of our grid per voxel of the paper's, one number an axis of the patch, in the paper's order."""
     if request.spacing is None or table.spacing is None:
         return (1.0,) * axes
     factors = [theirs / ours for theirs, ours in zip(table.spacing, request.spacing, strict=True)]
-    return tuple(factors[-axes:])
+    return tuple(factors[axis] for axis in _transposed(table.spacing)[-axes:])
+
+
+def _order(table: Table, request: Request, axes: int) -> list[int]:
+    """Return which of the patch's axes, in the paper's order, is each axis of the plan at our spacing.
+
+    Raises:
+        UserError: if 2D slices would be cut across another axis than the paper's.
+    """
+    if request.spacing is None or (table.spacing is None and axes == 3):  # unknown: the preset's order is kept
+        return list(range(axes))
+    theirs, ours = _transposed(table.spacing or (1.0, 1.0, 1.0)), _transposed(request.spacing)
+    if axes == 3:
+        return [theirs.index(axis) for axis in ours]
+    if theirs[0] != ours[0]:
+        rule = "2D slices are cut across the axis with the largest --spacing, which must be the paper's (of z, y, x)"
+        raise UserError(rule, f"axis {'zyx'[ours[0]]}", f"axis {'zyx'[theirs[0]]}", "mend --spacing")
+    return list(range(axes))
+
+
+def _transposed(spacing: Sequence[float]) -> list[int]:
+    """Return the order of nnU-Net's plan: the axis (0 for z) of the largest spacing first, the others as they are."""
+    first = max(range(len(spacing)), key=spacing.__getitem__)
+    return [first, *(axis for axis in range(len(spacing)) if axis != first)]
 
 
 def _shrunk(settings: dict[str, Any], budget: float) -> dict[str, Any]:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from importlib import import_module
+from types import SimpleNamespace
 
 import pytest
 
 from nnssl.errors import UserError
-from nnssl.reproduce.recipe import Request, make_recipe, plans_name
+from nnssl.reproduce.recipe import Request, _transposed, make_recipe, plans_name
 from nnssl.reproduce.table import find_table, papers, tables_of
 
 RUNNABLE = [(t, r) for paper in papers() for t in tables_of(paper).values() for r in t.rows if r.trainer]
@@ -46,6 +47,24 @@ def test_patch_and_strides_keep_their_extent_at_another_spacing():
     assert coarse.stride == (1, 1, 1)
     anisotropic = recipe("BraTS-25", spacing=(3.0, 1.0, 1.0))
     assert (anisotropic.patch, anisotropic.stride) == ((32, 96, 96), (21, 64, 64))
+
+
+def test_patch_and_strides_follow_the_axes_that_the_plan_transposes():
+    """nnU-Net puts the axis of the largest spacing first."""
+    coarse_x = recipe("BraTS-25", spacing=(1.0, 1.0, 3.0))
+    assert (coarse_x.patch, coarse_x.stride) == ((32, 96, 96), (21, 64, 64))
+    coarse_y = recipe(spacing=(0.625, 1.25, 0.625))  # (z, y, x) 80, 56 and 112 voxels; strides 4, 9 and 18
+    assert (coarse_y.patch, coarse_y.stride) == ((64, 80, 112), (9, 4, 18))
+    with pytest.raises(UserError, match=r"2D slices .*; got axis x; allowed axis z; do: mend --spacing"):
+        recipe("ACDC-3", "DiffRect", "diffrect", spacing=(1.0, 1.0, 5.0))
+
+
+def test_the_order_of_axes_is_nnunets():
+    from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
+
+    for spacing in ((1.0, 1.0, 1.0), (3.0, 1.0, 1.0), (1.0, 3.0, 2.0), (1.0, 1.0, 3.0), (1.0, 2.0, 2.0)):
+        planner = SimpleNamespace(suppress_transpose=False, determine_fullres_target_spacing=lambda s=spacing: s)
+        assert _transposed(spacing) == ExperimentPlanner.determine_transpose(planner)[0]
 
 
 def test_a_table_without_a_grid_keeps_its_patch():
