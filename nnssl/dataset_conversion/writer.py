@@ -9,6 +9,7 @@ import re
 import shutil
 import sys
 import tempfile
+import time
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,6 +38,8 @@ from nnssl.layout import IMAGE_FOLDERS, RawDataset, variable
 from nnssl.plans.domains import DOMAIN_KEYS, Domains
 from nnssl.plans.parallel import InterruptionError, Workers
 from nnssl.plans.verify import CaseScan, ImageScanner, Verified, listed, verify_raw_dataset
+
+_MINUTE = 60.0
 
 
 @dataclass(frozen=True)
@@ -108,12 +111,15 @@ class RawDatasetWriter:
         self._temporary: Path | None = None
         self._journal: Journal | None = None
         self._scans: dict[str, CaseScan] = {}
+        self._claim: int | None = None
 
     def __enter__(self) -> RawDatasetWriter:
         try:
             self.folder.parent.mkdir(parents=True, exist_ok=True)
             if self._request is None:
+                _remove_abandoned(self.folder)
                 made = tempfile.mkdtemp(prefix=f".{self.folder.name}.", dir=self.folder.parent)
+                self._claim = _claim(Path(made))
             else:
                 made = str(self.folder.with_name(f".{self.folder.name}.unfinished"))
                 Path(made).mkdir(exist_ok=True)
@@ -134,6 +140,8 @@ class RawDatasetWriter:
     ) -> None:
         if self._journal is not None:
             self._journal.__exit__(kind, error, trace)
+        if self._claim is not None:
+            os.close(self._claim)
         no_fault = isinstance(error, (OSError, InterruptionError)) or not isinstance(error, (Exception, type(None)))
         kept = self._journal is not None and (no_fault or len(self._journal) > 0)
         if self._temporary is not None and not kept:
@@ -309,6 +317,32 @@ def new_dataset_folder(dataset_id: int, name: str) -> Path:
         if clash:
             raise _taken(clash[0])
     return folder
+
+
+def _claim(folder: Path) -> int | None:
+    """Lock a folder; return the descriptor that holds it until it is closed or the process ends, None if none can."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return None
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:  # another process holds it, or the file system locks no folders
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def _remove_abandoned(folder: Path) -> None:
+    """Remove what runs that were killed have left of a data set: their folders that no process holds any more."""
+    for path in folder.parent.glob(f".{glob.escape(folder.name)}.*"):
+        if not re.fullmatch(r"[a-z0-9_]{8}", path.name.removeprefix(f".{folder.name}.")):  # as mkdtemp names them
+            continue
+        if time.time() - path.stat().st_mtime < _MINUTE or (claim := _claim(path)) is None:
+            continue  # a new one may not be locked yet
+        shutil.rmtree(path, ignore_errors=True)
+        os.close(claim)
 
 
 def check_patients_and_domains(dataset: RawDataset) -> None:
