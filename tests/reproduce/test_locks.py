@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import signal
 import subprocess
 import sys
 import threading
@@ -48,6 +51,50 @@ def test_a_second_process_waits_and_a_killed_one_frees_the_lock(tmp_path):
     finally:
         holder.kill()
         holder.wait()
+
+
+ORPHAN = """
+import os, sys, time
+from pathlib import Path
+from nnssl.reproduce.locks import alone
+with alone(Path(sys.argv[1]), "work", print):
+    worker = os.fork()
+    if worker == 0:
+        print(os.getpid(), flush=True)
+        time.sleep(15)
+        Path(sys.argv[1] + ".ended").touch()
+        os._exit(0)
+    time.sleep(60)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_a_worker_that_outlives_a_killed_process_holds_no_lock(tmp_path):
+    path = tmp_path / "work"
+    holder = subprocess.Popen([sys.executable, "-c", ORPHAN, str(path)], stdout=subprocess.PIPE, text=True)
+    worker = int(holder.stdout.readline())
+    lines: list[str] = []
+
+    def free(line: str) -> None:
+        lines.append(line)
+        if holder.poll() is None:
+            holder.kill()
+        else:  # the worker holds it
+            os.kill(worker, signal.SIGKILL)
+
+    try:
+        with alone(path, "work", free):
+            assert holder.wait(30) != 0
+        assert lines == ["another process is at it, waiting: work"], "the process held it while it lived"
+        assert not (tmp_path / "work.ended").exists(), "it was waited for the worker"
+        with alone(path, "work", free):
+            pass
+        assert len(lines) == 1
+    finally:
+        holder.kill()
+        holder.wait()
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(worker, signal.SIGKILL)
 
 
 #: Folder of the toy table's subset.
