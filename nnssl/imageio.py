@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 #: File endings that can be read as one image; a folder is read as one DICOM series.
 ENDINGS = (".nii.gz", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd", ".png")
+#: Begins what :func:`share_grid` says of a label that it has turned.
+TURNED = "turned by its header"
 _NIFTI_HEADER = 348  # bytes of a NIfTI-1 header; those of NIfTI-2 that matter here lie in the first 348 too
 _BLOCK = 1 << 20  # bytes, a multiple of every voxel size
 
@@ -57,13 +59,26 @@ class Geometry:
         Tolerances: spacing as nnU-Net's own check (1e-5 relative), origin 1 % of the finest spacing but at least
         1e-3 mm, direction cosines 1e-3.
         """
-        shift = max(1e-3, 0.01 * min(self.spacing))
-        tolerances = {"size": (0, 0), "spacing": (1e-5, 1e-8), "origin": (0, shift), "direction": (0, 1e-3)}
+        tolerances = {"size": (0, 0), "spacing": (1e-5, 1e-8), "origin": (0, self.shift), "direction": (0, 1e-3)}
         for name, (rtol, atol) in tolerances.items():
             a, b = getattr(self, name), getattr(other, name)
             if a != b and (len(a) != len(b) or not np.allclose(a, b, rtol=rtol, atol=atol)):
                 return f"{name} {_numbers(a)} and {_numbers(b)}"
         return None
+
+    @property
+    def shift(self) -> float:
+        """Millimetres by which origins of one grid may differ."""
+        return max(1e-3, 0.01 * min(self.spacing))
+
+    def turned(self, other: Geometry) -> bool:
+        """Whether directions differ."""
+        mine, theirs = self.direction, other.direction
+        return len(mine) != len(theirs) or not np.allclose(mine, theirs, rtol=0, atol=1e-3)
+
+    def alike(self, other: Geometry) -> bool:
+        """Whether sizes agree, and spacings up to 0.1 %."""
+        return self.size == other.size and np.allclose(self.spacing, other.spacing, rtol=1e-3)
 
     def rounded(self) -> tuple:
         """Return the grid at a precision that every format keeps (NIfTI stores single precision)."""
@@ -204,25 +219,69 @@ def _require_whole(image: sitk.Image, path: Path) -> None:
         raise OSError(f"{path}: cut short")
 
 
-def take_grid(label: sitk.Image, image_file: Path) -> str | None:
-    """Give a label its image's origin, direction and rounding of the spacing, if size and spacing (0.1 %) agree.
-
-    Returns:
-        the property that differed, or None if nothing had to be done or size or spacing differ.
-    """
+def read_grid(path: Path) -> Geometry:
+    """Return the grid of an image file from its header."""
     import SimpleITK as sitk
 
     reader = sitk.ImageFileReader()
-    reader.SetFileName(str(image_file))
+    reader.SetFileName(str(path))
     reader.ReadImageInformation()
-    mine, other = Geometry.of(label), Geometry.of(reader)
-    difference = other.difference(mine)
-    if difference is None or mine.size != other.size or not np.allclose(mine.spacing, other.spacing, rtol=1e-3):
-        return None
-    label.SetSpacing(other.spacing)
-    label.SetOrigin(other.origin)
-    label.SetDirection(other.direction)
-    return f"{difference} (image, label)"
+    return Geometry.of(reader)
+
+
+def share_grid(label: sitk.Image, grid: Geometry) -> tuple[sitk.Image, str | None]:
+    """Put a label onto its image's grid, if size and spacing (0.1 %) agree, in a release where the two share voxels.
+
+    A release says that label and image share their voxels, and headers that were lost on the way contradict it: the
+    label takes over origin, direction and rounding of the spacing. But a label may have been stored with other axes and
+    a header that says so. Then its voxels are turned, which shows in that they come to lie just on the image's. Any
+    other direction can be believed only where it was evidently never set: with the origin at zero, or at the image's.
+
+    Returns:
+        the label, and what differed, or None if nothing had to be done or size or spacing differ.
+
+    Raises:
+        ImageReadError: if the label's header turns it to another place than the image's.
+    """
+    own = Geometry.of(label)
+    difference = grid.difference(own)
+    if difference is None:
+        return label, None
+    if not grid.turned(own):
+        if not grid.alike(own):
+            return label, None
+        return _stamped(label, grid), f"{difference} (image, label)"
+    directions = f"direction {_numbers(grid.direction)} and {_numbers(own.direction)} (image, label)"
+    turned = turned_onto(label, grid)
+    if turned is not label:
+        return _stamped(turned, grid), f"{TURNED}: {directions}"
+    if not grid.alike(own):
+        return label, None
+    if any(own.origin) and not np.allclose(own.origin, grid.origin, rtol=0, atol=grid.shift):
+        raise ImageReadError(
+            f"{directions}, and turned by them it lies beside the image: which voxels belong together?"
+        )
+    return _stamped(label, grid), directions
+
+
+def turned_onto(label: sitk.Image, grid: Geometry) -> sitk.Image:
+    """Return a label whose axes are swapped and flipped by its header, if it then lies on the grid; else as it is."""
+    import SimpleITK as sitk
+
+    if len(grid.size) != 3 or label.GetDimension() != 3 or not grid.turned(Geometry.of(label)):
+        return label
+    code = sitk.DICOMOrientImageFilter.GetOrientationFromDirectionCosines(grid.direction)
+    turned = sitk.DICOMOrient(label, code)
+    found = Geometry.of(turned)
+    near = np.allclose(found.origin, grid.origin, rtol=0, atol=0.5 * min(grid.spacing))
+    return turned if near and grid.alike(found) and not grid.turned(found) else label
+
+
+def _stamped(label: sitk.Image, grid: Geometry) -> sitk.Image:
+    label.SetSpacing(grid.spacing)
+    label.SetOrigin(grid.origin)
+    label.SetDirection(grid.direction)
+    return label
 
 
 def write_label(label: np.ndarray, like: sitk.Image | None, path: Path) -> None:

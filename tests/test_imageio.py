@@ -10,7 +10,16 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
-from nnssl.imageio import Geometry, ImageReadError, read_array, read_image, split_ending, write_label
+from nnssl.imageio import (
+    TURNED,
+    Geometry,
+    ImageReadError,
+    read_array,
+    read_image,
+    share_grid,
+    split_ending,
+    write_label,
+)
 
 GRID = Geometry((4, 5, 6), (1.0, 1.0, 2.0), (0.0, -3.0, 7.0), (1.0, 0, 0, 0, 1.0, 0, 0, 0, 1.0))
 
@@ -97,6 +106,59 @@ def test_grids_that_differ_are_told_apart(change: dict):
 def test_grids_equal_up_to_single_precision_are_one():
     rounded = replace(GRID, spacing=(1.0, 1.0, 2.000001), origin=(0.0, -3.00002, 7.0))
     assert GRID.difference(rounded) is None
+
+
+def oblique(angle: float = 0.3) -> tuple[float, ...]:
+    c, s = np.cos(angle), np.sin(angle)
+    return (c, -s, 0, s, c, 0, 0, 0, 1)
+
+
+def label_on(direction: tuple[float, ...], origin: tuple[float, ...] = (10.0, -20.0, 30.0)) -> sitk.Image:
+    label = sitk.GetImageFromArray(np.random.default_rng(0).integers(0, 4, (5, 6, 7)).astype(np.uint8))
+    label.SetSpacing((1.0, 1.5, 2.0))
+    label.SetOrigin(origin)
+    label.SetDirection(direction)
+    return label
+
+
+@pytest.mark.parametrize("direction", [(1, 0, 0, 0, 1, 0, 0, 0, 1), oblique()])
+@pytest.mark.parametrize("stored", ["RAI", "LPI", "RPS", "ASL", "PIR"])
+def test_a_label_stored_with_other_axes_is_turned_onto_its_image(direction, stored: str):
+    right = label_on(direction)
+    other = sitk.DICOMOrient(right, stored)
+    found, note = share_grid(other, Geometry.of(right))
+    np.testing.assert_array_equal(sitk.GetArrayFromImage(found), sitk.GetArrayFromImage(right))
+    assert Geometry.of(right).difference(Geometry.of(found)) is None
+    assert note.startswith(TURNED)
+
+
+@pytest.mark.parametrize("origin", [(0, 0, 0), (10.0, -20.0, 30.0)])
+@pytest.mark.parametrize("direction", [(-1, 0, 0, 0, -1, 0, 0, 0, 1), oblique(), (1, 0, 0, 0, -1, 0, 0, 0, -1)])
+def test_a_label_whose_header_was_lost_shares_the_order_of_the_voxels(direction, origin):
+    right, lost = label_on((1, 0, 0, 0, 1, 0, 0, 0, 1)), label_on(direction, origin)
+    found, note = share_grid(lost, Geometry.of(right))
+    np.testing.assert_array_equal(sitk.GetArrayFromImage(found), sitk.GetArrayFromImage(right))
+    assert Geometry.of(found) == Geometry.of(right)
+    assert note.startswith("direction")
+
+
+@pytest.mark.parametrize("direction", [(-1, 0, 0, 0, -1, 0, 0, 0, 1), oblique()])
+def test_a_label_that_its_header_turns_to_another_place_is_refused(direction):
+    grid = Geometry.of(label_on((1, 0, 0, 0, 1, 0, 0, 0, 1)))
+    with pytest.raises(ImageReadError, match=r"direction .* lies beside the image"):
+        share_grid(label_on(direction, (40.0, 0.0, 30.0)), grid)
+
+
+def test_a_label_of_one_direction_takes_over_the_origin_and_one_of_another_size_stays():
+    grid = Geometry.of(label_on((1, 0, 0, 0, 1, 0, 0, 0, 1)))
+    found, note = share_grid(label_on(grid.direction, (40.0, 0.0, 30.0)), grid)
+    assert (Geometry.of(found), note.split()[0]) == (grid, "origin")
+    smaller = label_on(grid.direction)[:, :, 1:]
+    before = Geometry.of(smaller)
+    assert share_grid(smaller, grid) == (smaller, None)
+    assert Geometry.of(smaller) == before
+    same = label_on(grid.direction)
+    assert share_grid(same, grid) == (same, None)
 
 
 def test_split_ending():

@@ -6,9 +6,13 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from nnssl.cli._common import run_command
 from nnssl.errors import UserError
+
+if TYPE_CHECKING:
+    from nnssl.reproduce.table import Row, Table
 
 NAME = "nnssl_reproduce"
 DESCRIPTION = """Run the rows of a published table: subset, plan, training, prediction, evaluation under the paper's
@@ -23,8 +27,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("table", nargs="?", metavar="TABLE", help="such as LA-4")
     what = parser.add_argument_group("what to run")
     what.add_argument("--row", nargs="+", metavar="ROW", help="rows by method (default: all that can be run)")
-    what.add_argument("--list", action="store_true", help="print one independent command a row and stop")
-    what.add_argument("--report", action="store_true", help="run nothing, print the table from what is there")
+    instead = what.add_mutually_exclusive_group()
+    instead.add_argument("--list", action="store_true", help="print one independent command a row and stop")
+    instead.add_argument("--report", action="store_true", help="run nothing, print the table from what is there")
     what.add_argument("--budget", type=float, default=1.0, metavar="SHARE", help="share of the paper's iterations")
     seeds = what.add_mutually_exclusive_group()
     seeds.add_argument(
@@ -53,21 +58,17 @@ def build_parser() -> argparse.ArgumentParser:
 
 def execute(args: argparse.Namespace) -> int:
     """List, run or report."""
-    from nnssl.reproduce.run import Job, all_tables, commands, compare, default_root, run_job
-    from nnssl.reproduce.table import find_table, tables_of
+    from nnssl.reproduce.run import Job, compare, default_root, run_job
+    from nnssl.reproduce.table import find_table
 
-    if args.paper is None or args.table is None:
-        if not args.list:
-            rule = "PAPER and TABLE name what to run"
-            raise UserError(rule, "no TABLE" if args.paper else "none", None, f"{NAME} --list shows all")
-        found = list(tables_of(args.paper).values()) if args.paper else []
-        print("\n".join([line for table in found for line in commands(table, _rest(args))] or all_tables()))
-        return 0
-    table = find_table(args.paper, args.table)
-    chosen = [table.row(name) for name in dict.fromkeys(args.row or ())]
     if args.list:
-        print("\n".join(commands(table, _rest(args))))
+        print("\n".join(_listed(args)))
         return 0
+    if args.paper is None or args.table is None:
+        rule = "PAPER and TABLE name what to run"
+        raise UserError(rule, "no TABLE" if args.paper else "none", None, f"{NAME} --list shows all")
+    table = find_table(args.paper, args.table)
+    chosen = _rows(table, args)
     request, test_ids = _request(args, chosen), _test_ids(args)
     job = Job(
         table, tuple(chosen or table.rows), request, args.d, test_ids, args.o.resolve() if args.o else default_root()
@@ -105,18 +106,44 @@ def _test_ids(args: argparse.Namespace) -> tuple[str, ...] | None:
     return read_ids(args.test_ids)
 
 
+def _listed(args: argparse.Namespace) -> list[str]:
+    """Return what ``--list`` prints: one command a row, or one line a table without PAPER."""
+    from nnssl.reproduce.run import all_tables, commands
+    from nnssl.reproduce.table import find_table, tables_of
+
+    if args.table is None and (args.row or args.set):
+        raise UserError("--row and --set belong to one table", "no TABLE", None, "name it after PAPER")
+    if args.paper is None:
+        return all_tables()
+    tables = list(tables_of(args.paper).values()) if args.table is None else [find_table(args.paper, args.table)]
+    lines = []
+    for table in tables:
+        chosen = _rows(table, args)
+        _request(args, chosen)  # what a command of a row would be refused for is refused here
+        lines += commands(table, chosen or table.rows, _rest(args))
+    return lines
+
+
+def _rows(table: Table, args: argparse.Namespace) -> list[Row]:
+    """Return the rows asked for, each once; none: all."""
+    return list({row.slug: row for row in map(table.row, args.row or ())}.values())
+
+
 def _rest(args: argparse.Namespace) -> list[str]:
-    """Return the words of the call that every row's command repeats."""
+    """Return the words of the call that every row's command repeats: all that were given but ``--row``."""
     words: list[str] = []
-    for flag in ("budget", "seeds", "seed", "test_ids", "precision"):
-        value = getattr(args, flag)
-        if value is not None and not (flag == "seeds" and args.seed is not None):
-            value = value.resolve() if isinstance(value, Path) else value  # the command may run elsewhere
-            words += [f"--{flag}", f"{value:g}" if isinstance(value, float) else str(value)]
-    for flag in ("d", "o", "device", "num_gpus", "np"):
-        if getattr(args, flag) not in (None, 1):
-            words += [f"-{flag}", str(args.o.resolve() if flag == "o" else getattr(args, flag))]
-    return words + (["--spacing", *(f"{v:g}" for v in args.spacing)] if args.spacing else [])
+    for action in build_parser()._actions:
+        value = getattr(args, action.dest, None)
+        if not action.option_strings or action.dest in ("help", "row", "list") or value == action.default:
+            continue
+        words.append(action.option_strings[-1])
+        if value is not True:
+            words += [_word(one) for one in (value if isinstance(value, list) else [value])]
+    return words
+
+
+def _word(value: object) -> str:
+    return str(value.resolve() if isinstance(value, Path) else value)  # the command may run elsewhere
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 
 from nnssl.dataset_conversion.crop import LabelCrop
 from nnssl.errors import UserError
-from nnssl.imageio import read_image
+from nnssl.imageio import Geometry, read_image, share_grid
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,12 @@ class Source:
     def load(self) -> Any:
         """Return the image, or the list of images."""
         return self.read(self.path) if self.read else read_image(self.path)
+
+
+def load_shared(label: Source, image: Source) -> Any:
+    """Return a label on the grid of its image: a cut moves origins, after which headers tell nothing of each other."""
+    loaded = image.load()
+    return share_grid(label.load(), Geometry.of(loaded[0] if isinstance(loaded, list) else loaded))[0]
 
 
 @dataclass(frozen=True)
@@ -82,7 +88,9 @@ class Converter(ABC):
     PAGE: ClassVar[str]  # documentation/datasets/PAGE.md
     DOMAIN_MODALITIES: ClassVar[dict[str, str]] = {}  # domain -> modality
     CROPS: ClassVar[dict[str, LabelCrop]] = {}  # layout -> the literature's crop around the label
-    SHARED_VOXELS: ClassVar[bool] = False  # image and label agree voxel by voxel, whatever their headers say
+    # Image and label agree voxel by voxel, and headers that contradict it were lost; but not one that is whole and says
+    # that the label was stored with other axes: see nnssl.imageio.share_grid.
+    SHARED_VOXELS: ClassVar[bool] = False
 
     @abstractmethod
     def detect(self, source: Path) -> str | None:

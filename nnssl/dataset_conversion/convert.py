@@ -5,16 +5,18 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import nnssl
 from nnssl.dataset_conversion import CONVERTERS
-from nnssl.dataset_conversion.base import Case, Converter, Source
+from nnssl.dataset_conversion.base import Case, Converter, Source, load_shared
 from nnssl.dataset_conversion.crop import LabelCrop
 from nnssl.dataset_conversion.published import FILE_NAME, load_published
 from nnssl.dataset_conversion.writer import RawDatasetWriter, Written, write_json
 from nnssl.errors import UserError, nearest
+from nnssl.imageio import TURNED
 from nnssl.plans.domains import Domains, channels_by_themselves
 from nnssl.plans.verify import listed
 
@@ -60,7 +62,8 @@ def convert(
         folder of the raw data set, and what was set aside.
 
     Raises:
-        UserError: if source or name are unknown, or a case cannot be used; nothing is left behind.
+        UserError: if source or name are unknown, or a case cannot be used; there is no data set then, and what was
+            finished is kept for the next call.
     """
     options = options or ConvertOptions()
     if source_name not in CONVERTERS:
@@ -78,7 +81,7 @@ def convert(
     if options.literature_crop:
         crop = _crop_of(converter, layout)
         aside |= {case.name: "no label to crop around" for case in cases if case.label is None}
-        cases = [_cropped(case, crop) for case in cases if case.label is not None]
+        cases = [_cropped(case, crop, converter.SHARED_VOXELS) for case in cases if case.label is not None]
         content["nnssl"]["provenance"] = crop.described()
     name = name or content.pop("name", source_name)
     request = {
@@ -131,18 +134,32 @@ def _crop_of(converter: Converter, layout: str) -> LabelCrop:
     return converter.CROPS[layout]
 
 
-def _cropped(case: Case, crop: LabelCrop) -> Case:
-    """Return a case whose images and label are cut to the box of the label."""
+def _cropped(case: Case, crop: LabelCrop, shared: bool) -> Case:
+    """Return a case whose images and label are cut to the box of the label.
+
+    Args:
+        case: the case.
+        crop: where to cut.
+        shared: whether image and label share their voxels, whatever their headers say.
+    """
     if case.label is None:
         raise ValueError(f"{case.name} has no label")
-    sources = [replace(one, read=crop.wrap(one.load, case.label.load)) for one in (*case.images, case.label)]
+    load_label = partial(load_shared, case.label, case.images[0]) if shared else case.label.load
+    loads = [*(image.load for image in case.images), load_label]
+    parts = zip((*case.images, case.label), loads, strict=True)
+    sources = [replace(one, read=crop.wrap(load, load_label)) for one, load in parts]
     return replace(case, images=tuple(sources[:-1]), label=Source(case.label.path, sources[-1].read))
 
 
 def _say_what_was_mended(written: dict[str, Written]) -> None:
     notes = [f"{key} ({one.note})" for key, one in written.items() if one.note]
-    if notes:
-        text = f"{len(notes)} labels took over the grid of their image, whose voxels they share: {listed(notes, 3)}"
+    turned = [note for note in notes if f"({TURNED}" in note]
+    lost = [note for note in notes if note not in turned]
+    if lost:
+        text = f"{len(lost)} labels took over the grid of their image, whose voxels they share: {listed(lost, 3)}"
+        warnings.warn(text, stacklevel=3)
+    if turned:
+        text = f"{len(turned)} labels were stored with other axes than their image, and turned: {listed(turned, 3)}"
         warnings.warn(text, stacklevel=3)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import warnings
 from collections.abc import Iterable
@@ -63,13 +64,27 @@ class Journal:
         return entry if sizes == entry["targets"] else None
 
     def add(self, key: str, sources: Iterable[Path], targets: Iterable[Path], record: dict[str, Any]) -> None:
-        """Record a finished case; ``targets`` are files below the folder, closed already."""
+        """Record a finished case; ``targets`` are files below the folder, closed already.
+
+        They reach the disk before the line that says so: after a loss of power the sizes, which :meth:`finished` looks
+        at, may be right where the bytes are not.
+        """
+        targets = list(targets)
+        for path in targets:
+            _sync(path)
         sizes = {str(path.relative_to(self.folder)): _size(path) for path in targets}
-        self._append({"key": key, "sources": stamps(sources), "targets": sizes, "record": record})
+        entry = {"key": key, "sources": stamps(sources), "targets": sizes, "record": record}
+        self._append(entry)
+        self._finished[key] = entry
+
+    def __len__(self) -> int:
+        """Return the number of cases that this run or one before it has finished."""
+        return len(self._finished)
 
     def _append(self, content: dict[str, Any]) -> None:
         self._file.write(json.dumps(content) + "\n")
         self._file.flush()
+        os.fsync(self._file.fileno())
 
 
 def stamps(paths: Iterable[Path]) -> list[list[Any]]:
@@ -80,6 +95,13 @@ def stamps(paths: Iterable[Path]) -> list[list[Any]]:
             stat = file.stat() if file.is_file() else None
             found.append([str(file), stat.st_size if stat else -1, stat.st_mtime_ns if stat else -1])
     return found
+
+
+def _sync(path: Path) -> None:
+    if path.is_symlink() or not path.is_file():  # what a link leads to was not written here
+        return
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
 
 
 def _size(path: Path) -> int:

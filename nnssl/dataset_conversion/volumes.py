@@ -72,23 +72,40 @@ def read_frame(path: Path, frame: int) -> Any:
     Raises:
         ImageReadError: if the file has no such frame.
     """
-    image = read_again(path)
+    image = _FRAMES.read(path)  # frames of an image and of its label are read by turns
     if image.GetDimension() != 4 or not 0 <= frame < image.GetSize()[3]:
         raise ImageReadError(f"size {image.GetSize()} has no frame {frame}; frames count from 0")
     return _volume(image, frame)
 
 
-_LAST: list[tuple[tuple, Any]] = []
+class _Recent:
+    """The files or DICOM series that were read last: what belongs together comes together.
+
+    Args:
+        most: files in memory at a time.
+    """
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self._held: dict[tuple, Any] = {}
+
+    def read(self, path: Path) -> Any:
+        """Read a file, or return it if it is one of the last and has not changed."""
+        stat = path.stat() if path.is_file() else None
+        key = (str(path), stat.st_mtime_ns if stat else 0, stat.st_size if stat else 0)
+        image = self._held.pop(key, None)
+        while len(self._held) >= self.most:  # before the next one is read
+            del self._held[next(iter(self._held))]
+        self._held[key] = read_image(path) if image is None else image
+        return self._held[key]
+
+
+_SCANS, _FRAMES = _Recent(1), _Recent(2)
 
 
 def read_again(path: Path) -> Any:
-    """Read a file or DICOM series, or return it if it was the last one read: what belongs together comes together."""
-    stat = path.stat() if path.is_file() else None
-    key = (str(path), stat.st_mtime_ns if stat else 0, stat.st_size if stat else 0)
-    if not _LAST or _LAST[0][0] != key:
-        _LAST.clear()  # before the next one is read: one file in memory at a time
-        _LAST.append((key, read_image(path)))
-    return _LAST[0][1]
+    """Read a file or DICOM series, or return it if it was the last one read."""
+    return _SCANS.read(path)
 
 
 def _volume(image: Any, index: int) -> Any:

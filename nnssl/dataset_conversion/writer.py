@@ -9,6 +9,7 @@ import re
 import shutil
 import sys
 import tempfile
+import time
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,8 +27,9 @@ from nnssl.imageio import (
     Geometry,
     ImageReadError,
     read_array,
+    read_grid,
+    share_grid,
     split_ending,
-    take_grid,
     view,
     write_image,
     write_label,
@@ -36,6 +38,8 @@ from nnssl.layout import IMAGE_FOLDERS, RawDataset, variable
 from nnssl.plans.domains import DOMAIN_KEYS, Domains
 from nnssl.plans.parallel import InterruptionError, Workers
 from nnssl.plans.verify import CaseScan, ImageScanner, Verified, listed, verify_raw_dataset
+
+_MINUTE = 60.0
 
 
 @dataclass(frozen=True)
@@ -82,8 +86,8 @@ class RawDatasetWriter:
     """Write a new raw data set: all of it or nothing.
 
     Everything goes to a hidden sibling folder, which :meth:`finish` renames and an error removes. With ``request`` the
-    folder outlives what is no fault of the data (a kill, an interrupt, a full disk), and the next writer with an equal
-    request goes on from the cases that were finished.
+    folder outlives a kill, an interrupt, a full disk, and a fault of the data that comes after finished cases; the next
+    writer with an equal request goes on from these. A case is finished as long as its sources stay as they were.
 
     Args:
         dataset_id: 1 to 999, not in use.
@@ -107,12 +111,15 @@ class RawDatasetWriter:
         self._temporary: Path | None = None
         self._journal: Journal | None = None
         self._scans: dict[str, CaseScan] = {}
+        self._claim: int | None = None
 
     def __enter__(self) -> RawDatasetWriter:
         try:
             self.folder.parent.mkdir(parents=True, exist_ok=True)
             if self._request is None:
+                _remove_abandoned(self.folder)
                 made = tempfile.mkdtemp(prefix=f".{self.folder.name}.", dir=self.folder.parent)
+                self._claim = _claim(Path(made))
             else:
                 made = str(self.folder.with_name(f".{self.folder.name}.unfinished"))
                 Path(made).mkdir(exist_ok=True)
@@ -133,10 +140,15 @@ class RawDatasetWriter:
     ) -> None:
         if self._journal is not None:
             self._journal.__exit__(kind, error, trace)
+        if self._claim is not None:
+            os.close(self._claim)
         no_fault = isinstance(error, (OSError, InterruptionError)) or not isinstance(error, (Exception, type(None)))
-        kept = self._journal is not None and no_fault
+        kept = self._journal is not None and (no_fault or len(self._journal) > 0)
         if self._temporary is not None and not kept:
             shutil.rmtree(self._temporary, ignore_errors=True)
+        if self._temporary is not None and kept and isinstance(error, UserError) and not no_fault:
+            text = f"{len(self._journal or ())} finished cases are kept in {self._temporary}"
+            print(f"{text}: mend the fault and run the same command, or remove that folder", file=sys.stderr)
         if isinstance(error, OSError):
             remedy = "make room or mend rights" + (", then run the same command: it goes on" if kept else "")
             raise UserError("the raw data set must be written in full", error, None, remedy) from error
@@ -163,7 +175,8 @@ class RawDatasetWriter:
             label_map: old value -> new value of the labels.
             num_processes: worker processes.
             scan: check every case right after it is written; :meth:`finish` then need not read it again.
-            share_voxels: a label whose size and spacing are its image's takes over the rest of the image's grid.
+            share_voxels: a label whose size and spacing are its image's takes over the rest of the image's grid; see
+            :func:`nnssl.imageio.share_grid`.
 
         Raises:
             UserError: if an image or label outside imagesUn cannot be read, or a label value is not in ``label_map``.
@@ -234,9 +247,9 @@ class RawDatasetWriter:
         write_json(self.temporary / "dataset.json", dataset.json)
         if self.folder.exists():
             raise _taken(self.folder)
-        (self.temporary / JOURNAL_NAME).unlink(missing_ok=True)
         self.temporary.rename(self.folder)
         self._temporary = None
+        (self.folder / JOURNAL_NAME).unlink(missing_ok=True)  # last: a folder without its name and journal is lost
         return verified.set_aside
 
 
@@ -294,6 +307,7 @@ def new_dataset_folder(dataset_id: int, name: str) -> Path:
         raise UserError("a data set name has no blanks and no prefix", repr(name), allowed, "choose another -n")
     folder = variable("nnUNet_raw") / f"Dataset{dataset_id:03d}_{name}"
     if taken := sorted(folder.parent.glob(f"Dataset{dataset_id:03d}_*")):
+        (taken[0] / JOURNAL_NAME).unlink(missing_ok=True)  # of a run that was killed when the data set was whole
         raise _taken(taken[0])
     for other in ("nnUNet_preprocessed", "nnUNet_results"):  # nnU-Net looks an id up in all three
         root = os.environ.get(other)
@@ -303,6 +317,32 @@ def new_dataset_folder(dataset_id: int, name: str) -> Path:
         if clash:
             raise _taken(clash[0])
     return folder
+
+
+def _claim(folder: Path) -> int | None:
+    """Lock a folder; return the descriptor that holds it until it is closed or the process ends, None if none can."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return None
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:  # another process holds it, or the file system locks no folders
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def _remove_abandoned(folder: Path) -> None:
+    """Remove what runs that were killed have left of a data set: their folders that no process holds any more."""
+    for path in folder.parent.glob(f".{glob.escape(folder.name)}.*"):
+        if not re.fullmatch(r"[a-z0-9_]{8}", path.name.removeprefix(f".{folder.name}.")):  # as mkdtemp names them
+            continue
+        if time.time() - path.stat().st_mtime < _MINUTE or (claim := _claim(path)) is None:
+            continue  # a new one may not be locked yet
+        shutil.rmtree(path, ignore_errors=True)
+        os.close(claim)
 
 
 def check_patients_and_domains(dataset: RawDataset) -> None:
@@ -398,7 +438,8 @@ def _write_label(
         if label.GetDimension() > 3 or label.GetNumberOfComponentsPerPixel() > 1:
             what = f"{label.GetDimension()} axes, {label.GetNumberOfComponentsPerPixel()} values a voxel"
             raise ImageReadError(f"{what}; a label has 2 or 3, and one")
-        note = take_grid(label, image_file) if task.share_voxels else None
+        if task.share_voxels:
+            label, note = share_grid(label, read_grid(image_file))
         array, grid = view(label)[0], Geometry.of(label)
     counts = whole_values(array)
     if task.label_map is not None:

@@ -3,7 +3,8 @@
 Every step is one of the commands, called as a user would. What is done is read from the disk, so that a stopped call
 goes on with the same command line: a subset is done when it lies in nnUNet_raw, a plan when its record says so, a
 training when its last checkpoint is there, a prediction when its folder has its final name, an evaluation when its
-file is there. Locks keep calls apart that run rows of one table at the same time.
+file is there. Locks keep calls apart that do the same at the same time. They and the records lie beside what is made,
+in nnU-Net's folders, so that they hold for calls with different ``-o`` too.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import gc
 import json
 import shlex
 import shutil
+import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -25,7 +27,7 @@ from nnssl.inference.models import FINAL_CHECKPOINT
 from nnssl.layout import RawDataset, variable
 from nnssl.reproduce.data import SubsetPlan, broken_masks, require_references
 from nnssl.reproduce.locks import alone
-from nnssl.reproduce.recipe import Recipe
+from nnssl.reproduce.recipe import Recipe, without
 from nnssl.reproduce.table import Table
 from nnssl.trainers.runs import model_folder
 
@@ -37,6 +39,8 @@ _MODULES = {
     "nnssl_predict": "predict",
     "nnssl_evaluate": "evaluate",
 }
+#: Folder of locks and records, beside what they are about.
+FOLDER = "nnssl_reproduce"
 #: Steps of one seed of a row.
 STEPS_OF_A_SEED = 5
 #: The two ways to measure a model: predicted and measured as the paper does, and with nnU-Net's defaults in mm.
@@ -61,7 +65,18 @@ class Place:
     def scores(self, way: str) -> Path:
         return self.folder / f"{self.cases}_{way}.json"
 
-    def clear(self) -> None:
+    @property
+    def record(self) -> Path:
+        """The record of the training that masks and scores belong to."""
+        return self.folder / "train.json"
+
+    def belong_to(self, training: dict) -> None:
+        """Remove masks and scores of another training: a model that is gone, or that another call has made anew."""
+        if _read(self.record) != training:
+            self._clear()
+            write_files({self.record: to_json(training)})
+
+    def _clear(self) -> None:
         """Remove masks and scores, whole and half, of all cases."""
         for cases in ("test", "val"):
             place = Place(self.folder, cases)
@@ -85,13 +100,19 @@ class Chain:
 
     def subset(self, plan: SubsetPlan, processes: int | None) -> RawDataset:
         """Return the subset; make it first if it is not there."""
-        with alone(self.root / "locks" / "subset", "the subset", self._say):
-            dataset = plan.existing()
-            if dataset is None:
-                self._command("make subset " + plan.name, plan.words(self.root / "ids", processes))
+        title = "make subset " + (plan.name or plan.source.name)
+        dataset = plan.existing()  # it gets its name when it is whole: to use it, no lock is needed
+        if dataset is None:
+            # one lock for all subsets, which draw their ids from one range
+            with alone(variable("nnUNet_raw") / f".{FOLDER}.lock", "the subset", self._say):
                 dataset = plan.existing()
-            else:
-                self.runner.skip("make subset " + (plan.name or dataset.name))
+                if dataset is None:
+                    self._command(title, plan.words(self.root / "ids", processes))
+                    dataset = plan.existing()
+                else:
+                    self.runner.skip(title)
+        else:
+            self.runner.skip(title)
         if dataset is None:
             raise UserError("nnssl_make_subset must leave its data set", f"no {plan.name} in nnUNet_raw")
         require_references(self.table, dataset)
@@ -101,9 +122,9 @@ class Chain:
         """Plan and preprocess, unless the record says that just this was done."""
         words = recipe.plan_words(dataset.name)
         own = variable("nnUNet_preprocessed") / dataset.name
-        record = own / "nnssl_reproduce" / f"{recipe.plans}.json"
-        made = {"words": _plan_of(words)}
-        with alone(self.root / "locks" / dataset.name, "planning and preprocessing", self._say):
+        record = own / FOLDER / f"{recipe.plans}.json"
+        made = recipe.plan_record(dataset.name)
+        with alone(own / FOLDER / "lock", "planning and preprocessing", self._say):
             if _read(record) == made and (own / f"{recipe.plans}.json").is_file():
                 self.runner.skip(f"plan {recipe.plans}")
                 return
@@ -113,7 +134,10 @@ class Chain:
     def seed(self, recipe: Recipe, dataset: RawDataset, seed: int) -> Place:
         """Train, predict and evaluate one seed of a row, as far as it is not done; return where the results lie."""
         name, place = recipe.name(seed), self.place(recipe, dataset, seed)
-        with alone(place.folder / "lock", name, self._say):
+        model = self._model(recipe, dataset, seed)
+        lock = model.parent / FOLDER / f"{model.name}.lock"
+        # the second lock is for calls that share -o and not nnUNet_results
+        with alone(lock, name, self._say), alone(place.folder / "lock", name, self._say):
             self._train(recipe, dataset, seed, place)
             for way in WAYS:
                 self._predict(recipe, dataset, seed, place, way)
@@ -124,25 +148,30 @@ class Chain:
         """Return where the results of a seed lie, whether or not they are there."""
         return Place(self.root / dataset.name / recipe.plans / recipe.name(seed), self.table.cases)
 
+    def _model(self, recipe: Recipe, dataset: RawDataset, seed: int) -> Path:
+        trainer, run = str(recipe.row.trainer), recipe.name(seed)
+        return model_folder(dataset.name, trainer, recipe.plans, run, recipe.configuration)
+
     def _train(self, recipe: Recipe, dataset: RawDataset, seed: int, place: Place) -> None:
         title, words = f"train {recipe.name(seed)}", recipe.train_words(dataset.name, seed)
-        model = model_folder(
-            dataset.name, str(recipe.row.trainer), recipe.plans, recipe.name(seed), recipe.configuration
-        )
-        fold, record = model / "fold_all", place.folder / "train.json"
-        made, before = {"words": _run_of(words)}, _read(record)
+        model = self._model(recipe, dataset, seed)
+        fold, record = model / "fold_all", model.parent / FOLDER / f"{model.name}.json"
+        before = _read(record) or _read(place.record)  # where it lay before locks and records were the model's
+        made, known = _run_of(words), before and before["words"]
         if (fold / FINAL_CHECKPOINT).is_file():
-            if before != made:
-                by = "words of which no record lies here" if before is None else shlex.join(before["words"])
-                got = f"{model.name} by {by}, now {shlex.join(made['words'])}"
+            if known != made:
+                by = "words of which no record lies here" if known is None else shlex.join(known)
+                got = f"{model.name} by {by}, now {shlex.join(made)}"
                 remedy = "remove that folder to train anew"
                 raise UserError("a finished run must have been trained as it would be now", got, None, remedy)
             self.runner.skip(title)
+            place.belong_to(before or {})
             return
         started = (fold / "checkpoint_latest.pth").is_file()
-        if not started:
-            place.clear()  # masks and scores of a model that is gone must not count as the new one's
-        write_files({record: to_json(made)})
+        tag = before.get("tag") if started and before else uuid.uuid4().hex  # one model's, whoever asks for it
+        training = {"words": made, "tag": tag}
+        write_files({record: to_json(training)})
+        place.belong_to(training)
         self._command(title, [*words, "--c"] if started else words)
 
     def _predict(self, recipe: Recipe, dataset: RawDataset, seed: int, place: Place, way: str) -> None:
@@ -188,15 +217,6 @@ def _read(path: Path) -> dict | None:
         return None
 
 
-def _plan_of(words: Sequence[str]) -> list[str]:
-    return _without(words, "-np")
-
-
 def _run_of(words: Sequence[str]) -> list[str]:
     """Return the words that decide a run; the machine's do not."""
-    return _without(words, "-device", "-num_gpus")
-
-
-def _without(words: Sequence[str], *flags: str) -> list[str]:
-    drop = {i + k for i, word in enumerate(words) if word in flags for k in (0, 1)}
-    return [word for i, word in enumerate(words) if i not in drop]
+    return without(words, "-device", "-num_gpus")

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from nnssl.dataset_conversion.labels import parse_label_map
 from nnssl.dataset_conversion.published import Protocol, find_protocol
-from nnssl.dataset_conversion.subset import RECORD
+from nnssl.dataset_conversion.subset import RECORD, SubsetRequest, choose_cases
 from nnssl.errors import UserError
 from nnssl.imageio import split_ending
-from nnssl.layout import RawDataset, find_dataset, variable
+from nnssl.layout import IMAGE_FOLDERS, RawDataset, find_dataset, variable
+from nnssl.reproduce.recipe import digest
 from nnssl.reproduce.table import FOLDER, Table
 
 #: Ids that subsets take, the first free one.
@@ -46,20 +49,25 @@ class SubsetPlan:
         """Return the subset if it was made.
 
         Raises:
-            UserError: if a data set of that name is another one.
+            UserError: if a data set of that name is another one: from another source, or with other cases.
         """
         if self.protocol is None:
             return self.source
         found = sorted(variable("nnUNet_raw").glob(f"Dataset[0-9][0-9][0-9]_{self.name}"))
         if not found:
             return None
-        record = found[0] / RECORD
-        made_from = json.loads(record.read_text(encoding="utf-8")).get("source") if record.is_file() else "no record"
+        record = _read_record(found[0])
+        made_from = record.get("source", "no record")
         if len(found) > 1 or made_from != self.source.name:
             rule = f"{self.name} must be the one subset of {self.source.name}"
             got = f"{', '.join(p.name for p in found)}, from {made_from}"
             raise UserError(rule, got, None, "rename or remove it, or name its source with -d")
-        return RawDataset.load(found[0])
+        subset = RawDataset.load(found[0])
+        if different := self._differences(subset, record):
+            rule = f"{subset.name} must hold the cases that {self.protocol.name} asks of {self.source.name} now"
+            remedy = "rename or remove it, its preprocessed data and its results, then run the same command"
+            raise UserError(rule, f"another {', '.join(different)}", None, remedy)
+        return subset
 
     def words(self, ids: Path, processes: int | None) -> list[str]:
         """Return the command that makes it.
@@ -70,20 +78,60 @@ class SubsetPlan:
         """
         assert self.protocol is not None
         self._require_published(self.protocol)
+        asked = self._request()
         words = ["nnssl_make_subset", "-d", self.source.name, "-o", str(_free_id()), "-n", self.name]
-        if self.share == "few":
-            words += ["--published", self.protocol.name]
-            if self.test_ids:
-                words += ["--test_ids", _write_ids(ids / f"{self.name}_test.txt", self.test_ids)]
-        else:
-            test = self.test_ids or self.protocol.test
-            labeled = _present(self.source, [*self.protocol.labeled, *self.protocol.unlabeled], without=test)
-            words += ["--labeled_ids", _write_ids(ids / f"{self.name}_labeled.txt", labeled)]
-            for role, members in (("val", self.protocol.val), ("test", test)):
-                if there := _present(self.source, members):
-                    words += [f"--{role}_ids", _write_ids(ids / f"{self.name}_{role}.txt", there)]
+        words += ["--published", asked.published] if asked.published else []
+        for role, members in (("labeled", asked.labeled_ids), ("val", asked.val_ids), ("test", asked.test_ids)):
+            if members:
+                words += [f"--{role}_ids", _write_ids(ids / f"{self.name}_{role}.txt", members)]
         words += ["--label_map", self.label_map] if self.label_map else []
         return words + (["-np", str(processes)] if processes else []) + ["--link"]
+
+    def missing(self) -> str:
+        """Say how many unlabeled cases of the published list the source lacks; empty: none.
+
+        Training goes on without them, other than without labeled or test cases, so every number must say it.
+        """
+        if self.protocol is None or self.share == "all":
+            return ""
+        known: set[str] = set()
+        for folder in IMAGE_FOLDERS:
+            for case in self.source.cases(folder):
+                known |= {case, self.source.patient(case)}
+        absent = sum(name not in known for name in self.protocol.unlabeled)
+        return f"{absent} of {len(self.protocol.unlabeled)} unlabeled ids missing" if absent else ""
+
+    def _request(self) -> SubsetRequest:
+        """Return what the command that makes it asks for."""
+        assert self.protocol is not None
+        protocol, label_map = self.protocol, parse_label_map(self.label_map or None)
+        if self.share == "few":
+            return SubsetRequest(published=protocol.name, test_ids=self.test_ids, label_map=label_map, link=True)
+        test = self.test_ids or protocol.test
+        labeled = _present(self.source, [*protocol.labeled, *protocol.unlabeled], without=test)
+        val, there = _present(self.source, protocol.val), _present(self.source, test)
+        return SubsetRequest(
+            labeled_ids=tuple(labeled),
+            val_ids=tuple(val) or None,
+            test_ids=tuple(there) or None,
+            label_map=label_map,
+            link=True,
+        )
+
+    def _differences(self, subset: RawDataset, record: dict[str, Any]) -> list[str]:
+        """Name what a subset has otherwise than one that would be made now: a name says nothing about cases."""
+        asked = self._request()
+        with warnings.catch_warnings():  # what is worth a warning was said when the subset was made
+            warnings.simplefilter("ignore")
+            selection = choose_cases(self.source, asked)
+        roles = {"labeled": "imagesTr", "unlabeled": "imagesUn", "val": "imagesVal", "test": "imagesTs"}
+        now: dict[str, Any] = {f"list of {role} cases": sorted(getattr(selection, role)) for role in roles}
+        then: dict[str, Any] = {f"list of {role} cases": sorted(subset.cases(roles[role])) for role in roles}
+        now["label map"] = {str(old): new for old, new in (asked.label_map or {}).items()}
+        then["label map"] = record.get("label_map", {})
+        for key in ("source", "layout", "provenance"):  # a source converted anew keeps its name
+            now[f"{key} of the scans"], then[f"{key} of the scans"] = self.source.nnssl.get(key), subset.nnssl.get(key)
+        return [key for key in now if now[key] != then[key]]
 
     def _require_published(self, protocol: Protocol) -> None:
         """Refuse a source that lacks labeled or test cases: its numbers would stand beside those of the whole list."""
@@ -94,6 +142,11 @@ class SubsetPlan:
             rule = f"{self.source.name} must hold every labeled and test case of {protocol.name}, with its label"
             got = f"{len(absent)} of {len(wanted)} are missing: {', '.join(absent[:5])}"
             raise UserError(rule, got, None, "convert the whole data set, or give --test_ids for other test cases")
+
+
+def _read_record(folder: Path) -> dict[str, Any]:
+    record = folder / RECORD
+    return json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
 
 
 def plan_subset(table: Table, share: str, given: str | None, test_ids: tuple[str, ...] | None) -> SubsetPlan:
@@ -114,7 +167,10 @@ def plan_subset(table: Table, share: str, given: str | None, test_ids: tuple[str
             raise UserError(f"{table.dataset} is used as it was converted", "--test_ids", None, "leave it out")
         return SubsetPlan("", source, None, share, None)
     protocol = published(table, source.folder)
-    name = "Repro_" + table.published.replace("-", "_") + ("_all" if share == "all" else "")
+    name = "Repro_" + table.published.replace("-", "_")
+    if share == "all":  # one for all numbers of labels, whose lists are the same together
+        lists = [sorted([*protocol.labeled, *protocol.unlabeled]), sorted(protocol.val), sorted(protocol.test)]
+        name = f"Repro_{table.dataset.replace('-', '_')}_all_{digest([lists, table.label_map])}"
     if test_ids:
         name += "_" + test_tag(test_ids)
     return SubsetPlan(name, source, protocol, share, test_ids, table.label_map)
@@ -122,7 +178,7 @@ def plan_subset(table: Table, share: str, given: str | None, test_ids: tuple[str
 
 def test_tag(test_ids: Sequence[str]) -> str:
     """Return a short name of a substitute test set: the same for the same ids in any order."""
-    return "t" + hashlib.sha256("\n".join(sorted(test_ids)).encode()).hexdigest()[:6]
+    return "t" + digest(sorted(test_ids))[1:]
 
 
 def published(table: Table, folder: Path) -> Protocol:
@@ -145,10 +201,12 @@ def find_source(table: Table, given: str | None) -> RawDataset:
     A data set that was imported by hand is found by its cases: it holds those that the split labels, with their labels.
 
     Raises:
-        UserError: if none or several are found.
+        UserError: if none or several are found, or the given one is another data set than the table's.
     """
     if given:
-        return RawDataset.load(find_dataset(given))
+        dataset = RawDataset.load(find_dataset(given))
+        _require_kind(table, dataset)
+        return dataset
     root = variable("nnUNet_raw")
     folders = [p for p in sorted(root.glob("Dataset[0-9][0-9][0-9]_*")) if (p / "dataset.json").is_file()]
     candidates = []
@@ -159,7 +217,7 @@ def find_source(table: Table, given: str | None) -> RawDataset:
     if not found and table.published is not None:
         with contextlib.suppress(UserError):  # without the package's split only a conversion can be found
             labeled = published(table, FOLDER).labeled
-            found = [d for d in candidates if _holds(d, labeled)]
+            found = [d for d in candidates if "source" not in d.nnssl and _holds(d, labeled)]
     if len(found) != 1:
         rule = f"{table.paper} {table.name} needs the data set {table.dataset} in {root}"
         got = ", ".join(d.name for d in found) or "none that fits"
@@ -184,6 +242,23 @@ def require_references(table: Table, dataset: RawDataset) -> tuple[Path, Path]:
         )
         raise UserError(rule, got, None, "convert the whole data set, or name other labeled cases with --test_ids")
     return dataset.folder / images, dataset.folder / labels
+
+
+def _require_kind(table: Table, dataset: RawDataset) -> None:
+    """Refuse a data set of another kind than the table's: its numbers would stand beside those of other scans."""
+    origin = dataset.nnssl.get("source")
+    if origin == table.dataset:
+        return
+    about, allowed = f"converted from {origin or 'nothing known'}", f"one converted from {table.dataset}"
+    if origin is None and table.published is not None:  # imported by hand: its cases say what it is
+        labeled = published(table, dataset.folder).labeled
+        if _holds(dataset, labeled):
+            return
+        about = f"with {len(_present(dataset, labeled))} of {len(labeled)} labeled cases"
+        allowed += f", or one with the cases that {table.published} labels, with their labels"
+    rule = f"{table.paper} {table.name} runs on the data set {table.dataset}"
+    remedy = f"name another -d, or convert it: nnssl_convert {table.dataset} SRC -d ID"
+    raise UserError(rule, f"{dataset.name}, {about}", allowed, remedy)
 
 
 def _holds(dataset: RawDataset, ids: Sequence[str]) -> bool:

@@ -3,20 +3,37 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
+#: Lock files that this process has open.
+_OPEN: set[Any] = set()
+
+
+def _let_go() -> None:
+    """Close the lock files in a forked worker: it would hold them on when it outlives this process."""
+    for file in _OPEN:
+        file.close()
+    _OPEN.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_let_go)
+
 
 @contextlib.contextmanager
 def alone(path: Path, what: str, report: Callable[[str], None]) -> Iterator[None]:
     """Hold a lock while the block runs; wait for another process that holds it.
 
-    The system takes the lock away from a process that dies, so that a kill leaves none behind. It holds across
+    The system takes the lock away from a process that dies, so that a kill leaves none behind, nor do workers that
+    outlive it. It holds across
     machines where the file system passes ``flock`` on (NFS from Linux 2.6.12 on; Lustre when mounted with ``flock``).
 
     Args:
@@ -30,6 +47,7 @@ def alone(path: Path, what: str, report: Callable[[str], None]) -> Iterator[None
             report(f"this system has no file locks: run no second nnssl_reproduce beside this one ({what})")
             yield
             return
+        _OPEN.add(file)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -38,4 +56,6 @@ def alone(path: Path, what: str, report: Callable[[str], None]) -> Iterator[None
         try:
             yield
         finally:
-            fcntl.flock(file, fcntl.LOCK_UN)
+            _OPEN.discard(file)
+            if not file.closed:
+                fcntl.flock(file, fcntl.LOCK_UN)

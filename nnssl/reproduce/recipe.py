@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,6 +54,12 @@ class Request:
         if not self.seeds or min(self.seeds) < 0:
             raise UserError("seeds must be numbers from 0 on", list(self.seeds), "--seeds 1 or more")
 
+    @property
+    def tag(self) -> str:
+        """What own settings and precision add to the names of runs and tables."""
+        own = f"-x{digest(list(self.settings))}" if self.settings else ""
+        return own + (f"-{self.precision}" if self.precision else "")
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -97,6 +104,12 @@ class Recipe:
         if self.request.processes:
             words += ["-np", str(self.request.processes)]
         return [*words, "-overwrite_plans_name", self.plans]
+
+    def plan_record(self, dataset: str) -> dict[str, Any]:
+        """Return what decides a plan, the same for rows that share it: presets of two names may plan alike."""
+        section = plan_section(load_preset(self._preset))
+        section["patch_size"] = list(self.patch)
+        return {"words": without(self.plan_words(dataset), "-np", "--preset"), "section": section}
 
     def train_words(self, dataset: str, seed: int) -> list[str]:
         """Return the command that trains one seed from the start."""
@@ -146,12 +159,15 @@ def make_recipe(table: Table, row: Row, request: Request) -> Recipe:
     section = plan_section(preset)
     spacing = request.spacing or table.spacing
     factors = _factors(table, request, len(section["patch_size"]))
-    patch = tuple(
+    order = _order(table, request, len(section["patch_size"]))
+    sizes = [
         size if factor == 1 else max(DIVISOR, DIVISOR * math.ceil(size * factor / DIVISOR - 1e-9))
         for size, factor in zip(section["patch_size"], factors, strict=True)
-    )
+    ]
+    patch = tuple(sizes[axis] for axis in order)
     given = preset.get("predict", {}).get("stride")
-    stride = tuple(max(1, round(s * f)) for s, f in zip(given, factors, strict=True)) if given else None
+    steps = [max(1, round(s * f)) for s, f in zip(given, factors, strict=True)] if given else []
+    stride = tuple(steps[axis] for axis in order) if steps else None
     train = preset["train"]
     published = row.iterations or train["epochs"] * train["iterations_per_epoch"]
     total = max(1, round(published * request.budget))
@@ -159,8 +175,8 @@ def make_recipe(table: Table, row: Row, request: Request) -> Recipe:
     settings = {**_shrunk(train.get("set", {}), request.budget), **row.set}
     words = tuple(f"{key}={_word(value)}" for key, value in settings.items())
     words += request.settings
-    extra = f"-x{_digest(list(request.settings))}" if request.settings else ""
-    extra += f"-{request.precision}" if request.precision else ""
+    # tables share the data set with all labels; rows of one name share a run only if they are as long
+    length = f"-i{published}" if row.share == "all" else ""
     return Recipe(
         row,
         section["configuration"],
@@ -170,10 +186,16 @@ def make_recipe(table: Table, row: Row, request: Request) -> Recipe:
         plans_name(section, patch, spacing),
         epochs,
         max(1, round(total / epochs)),
-        f"{table.paper.replace('_', '-')}-{row.slug}-b{request.budget:g}{extra}",
+        f"{table.paper.replace('_', '-')}-{row.slug}{length}-b{request.budget:g}{request.tag}",
         words,
         request,
     )
+
+
+def without(words: Sequence[str], *flags: str) -> list[str]:
+    """Return a command's words without some flags and the word after each."""
+    drop = {i + k for i, word in enumerate(words) if word in flags for k in (0, 1)}
+    return [word for i, word in enumerate(words) if i not in drop]
 
 
 def plans_name(section: dict[str, Any], patch: tuple[int, ...], spacing: tuple[float, ...] | None) -> str:
@@ -183,15 +205,38 @@ def plans_name(section: dict[str, Any], patch: tuple[int, ...], spacing: tuple[f
         tokens.append("s" + "x".join(f"{v:g}".replace(".", "-") for v in spacing))
     tokens.append(f"b{section['batch_size']}")
     rest = {key: section[key] for key in ("network", "normalization", "base_features") if key in section}
-    return "_".join([*tokens, _digest(rest)] if rest else tokens)
+    return "_".join([*tokens, digest(rest)] if rest else tokens)
 
 
 def _factors(table: Table, request: Request, axes: int) -> tuple[float, ...]:
-    """Return voxels of the plan per voxel of the paper's grid, one number an axis of the patch."""
+    """Return voxels of our grid per voxel of the paper's, one number an axis of the patch, in the paper's order."""
     if request.spacing is None or table.spacing is None:
         return (1.0,) * axes
     factors = [theirs / ours for theirs, ours in zip(table.spacing, request.spacing, strict=True)]
-    return tuple(factors[-axes:])
+    return tuple(factors[axis] for axis in _transposed(table.spacing)[-axes:])
+
+
+def _order(table: Table, request: Request, axes: int) -> list[int]:
+    """Return which of the patch's axes, in the paper's order, is each axis of the plan at our spacing.
+
+    Raises:
+        UserError: if 2D slices would be cut across another axis than the paper's.
+    """
+    if request.spacing is None or (table.spacing is None and axes == 3):  # unknown: the preset's order is kept
+        return list(range(axes))
+    theirs, ours = _transposed(table.spacing or (1.0, 1.0, 1.0)), _transposed(request.spacing)
+    if axes == 3:
+        return [theirs.index(axis) for axis in ours]
+    if theirs[0] != ours[0]:
+        rule = "2D slices are cut across the axis with the largest --spacing, which must be the paper's (of z, y, x)"
+        raise UserError(rule, f"axis {'zyx'[ours[0]]}", f"axis {'zyx'[theirs[0]]}", "mend --spacing")
+    return list(range(axes))
+
+
+def _transposed(spacing: Sequence[float]) -> list[int]:
+    """Return the order of nnU-Net's plan: the axis (0 for z) of the largest spacing first, the others as they are."""
+    first = max(range(len(spacing)), key=spacing.__getitem__)
+    return [first, *(axis for axis in range(len(spacing)) if axis != first)]
 
 
 def _shrunk(settings: dict[str, Any], budget: float) -> dict[str, Any]:
@@ -204,5 +249,6 @@ def _word(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) or value is None else str(value)
 
 
-def _digest(value: Any) -> str:
+def digest(value: Any) -> str:
+    """Return a short name of a JSON value."""
     return "h" + hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:6]

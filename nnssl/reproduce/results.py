@@ -42,9 +42,9 @@ def over_seeds(scores: Sequence[Mapping[str, float | None]], metric: str) -> dic
     }
 
 
-def tags(table: Table, request: Request, dataset: RawDataset | None, substitute: bool) -> list[str]:
+def tags(table: Table, request: Request, dataset: RawDataset | None, substitute: bool, missing: str = "") -> list[str]:
     """Return what every number of ours must carry: what differs from the published set-up in data and budget."""
-    found = ["substitute test"] if substitute else []
+    found = [*(["substitute test"] if substitute else []), *([missing] if missing else [])]
     if table.crop and dataset is not None:
         about = dataset.nnssl  # of a data set that was imported by hand nothing is known but what the field shares
         cut = "label-cut" in about.get("provenance", "") or ("source" not in about and table.crop == "distributed")

@@ -97,9 +97,11 @@ def _run_work(chain: Chain, work: Work, request: Request) -> None:
 def compare(job: Job) -> str:
     """Write and return the table: reported numbers of every row, ours as far as they are there."""
     data_sets: dict[str, RawDataset | None] = {}
+    missing: dict[str, str] = {}
     for share in dict.fromkeys(row.share for row in job.table.rows if row.trainer):
         with contextlib.suppress(UserError):  # without its data nothing was run, and the reported numbers stand alone
-            data_sets[share] = plan_subset(job.table, share, job.source, job.test_ids).existing()
+            subset = plan_subset(job.table, share, job.source, job.test_ids)
+            data_sets[share], missing[share] = subset.existing(), subset.missing()
     chain = Chain(job.table, job.root, StepRunner(job.root / "logs", 0))
     rows = []
     for row in job.table.rows:
@@ -107,7 +109,7 @@ def compare(job: Job) -> str:
         recipe = make_recipe(job.table, row, job.request) if row.trainer else None
         seeds = job.request.seeds if recipe and dataset else ()
         places = [chain.place(recipe, dataset, seed) for seed in seeds] if recipe and dataset else []
-        marks = tags(job.table, job.request, dataset, job.test_ids is not None)
+        marks = tags(job.table, job.request, dataset, job.test_ids is not None, missing.get(row.share, ""))
         rows.append(row_result(job.table, row, recipe, places, marks))
     data = as_data(job.table, job.request, rows, _voxel(job.table, data_sets.get("few")))
     text = as_text(data)
@@ -116,10 +118,10 @@ def compare(job: Job) -> str:
     return text
 
 
-def commands(table: Table, rest: Sequence[str]) -> list[str]:
+def commands(table: Table, rows: Sequence[Row], rest: Sequence[str]) -> list[str]:
     """Return one command a row, independent of the others; rows that can't be run stand as comments."""
     lines = []
-    for row in table.rows:
+    for row in rows:
         words = shlex.join(["nnssl_reproduce", table.paper, table.name, "--row", row.slug, *rest])
         lines.append(words if row.trainer else f"# reported only: {table.paper} {table.name}, {row.method}")
     return lines
@@ -161,9 +163,19 @@ def _voxel(table: Table, dataset: RawDataset | None) -> list[float] | None:
 
 
 def _table_name(job: Job) -> str:
-    parts: list[Any] = [job.table.paper, job.table.name, f"b{job.request.budget:g}"]
-    if job.request.spacing:
-        parts.append("s" + "x".join(f"{v:g}" for v in job.request.spacing))
+    """Return a name that all that decides our numbers is in, so that no call's table replaces another's."""
+    request = job.request
+    # a job of one row, as --list prints them, writes the table of all: the rows are not in the name
+    parts: list[Any] = [job.table.paper, job.table.name, f"b{request.budget:g}", _seeds(request.seeds)]
+    if request.spacing:
+        parts.append("s" + "x".join(f"{v:g}" for v in request.spacing))
     if job.test_ids:
         parts.append(test_tag(job.test_ids))
-    return "_".join(map(str, parts))
+    return "_".join(map(str, parts)) + request.tag
+
+
+def _seeds(seeds: Sequence[int]) -> str:
+    """Return ``seeds3`` for seeds 0 to 2, ``seed5`` for the seed 5 alone."""
+    if seeds == tuple(range(len(seeds))) and len(seeds) > 1:
+        return f"seeds{len(seeds)}"
+    return "seed" + "-".join(map(str, seeds))

@@ -139,13 +139,13 @@ def convert_to(run, raw: Path, download: Path) -> Callable[..., tuple[RawDataset
 
 @pytest.fixture
 def convert_fails(run, raw: Path, download: Path) -> Callable[..., str]:
-    """Convert ``download``, which must be refused and leave nothing behind; return stderr."""
+    """Convert ``download``, which must be refused and leave no data set; return stderr."""
     from nnssl.cli.convert import main
 
     def call(name: str, *options: object) -> str:
         code, _, err = run(main, name, download, "-d", 60, *options)
         assert code == 2
-        assert list(raw.iterdir()) == []
+        assert list(raw.glob("Dataset*")) == []
         return err
 
     return call

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -139,8 +141,82 @@ def test_full_disk_keeps_what_is_finished(synapse: Path, raw: Path, stop):
     assert written == IDS[3:]
 
 
-def test_fault_in_the_data_leaves_nothing(synapse: Path, raw: Path):
-    (synapse / "Training/label/label0004.nii.gz").write_bytes(b"no image")
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("call", ["write_text", "rename", "unlink"])
+def test_a_kill_at_any_point_of_the_end_loses_no_case(synapse: Path, raw: Path, stop, call: str, after: bool):
+    number, folder = 0, raw / "Dataset060_Synapse"
+    while True:  # kill at the first such call, then at the second, until there is none more
+        with pytest.MonkeyPatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+            calls = killed_at(patch, call, number, after)
+            run(synapse)
+        if len(calls) <= number:
+            break
+        written = stop()
+        if folder.exists():  # the data set is whole
+            with pytest.raises(UserError, match="a data set id is used once"):
+                run(synapse)
+        else:
+            run(synapse)
+        assert written == []
+        assert [path.name for path in raw.iterdir()] == [folder.name]
+        assert NAME not in files(folder)
+        assert len(files(folder)) == 2 * len(IDS) + 2
+        shutil.rmtree(folder)
+        number += 1
+    assert number > 0
+
+
+def killed_at(patch: pytest.MonkeyPatch, name: str, number: int, after: bool) -> list[Path]:
+    """Let a method of Path interrupt its Nth call on the data set, before or after it; return the list of calls."""
+    original, calls = getattr(Path, name), []
+
+    def call(path: Path, *args: object, **options: object) -> object:
+        if "Dataset060" not in str(path):
+            return original(path, *args, **options)
+        calls.append(path)
+        if len(calls) == number + 1 and not after:
+            raise KeyboardInterrupt
+        result = original(path, *args, **options)
+        if len(calls) == number + 1:
+            raise KeyboardInterrupt
+        return result
+
+    patch.setattr(Path, name, call)
+    return calls
+
+
+def test_fault_in_one_case_keeps_the_finished_ones(synapse: Path, raw: Path, stop, capsys):
+    label = synapse / "Training/label/label0004.nii.gz"
+    good = label.read_bytes()
+    label.write_bytes(b"no image")
+    with pytest.raises(UserError, match="every label must be readable"):
+        run(synapse)
+    assert [path.name for path in raw.iterdir()] == [PARTIAL]
+    text = f"3 finished cases are kept in {raw / PARTIAL}: mend the fault and run the same command"
+    assert text in capsys.readouterr().err
+    label.write_bytes(good)
+    written = stop()
+    folder = run(synapse)
+    assert written == IDS[3:]
+    assert [path.name for path in raw.iterdir()] == [folder.name]
+
+
+def test_fault_that_the_last_check_finds_keeps_the_other_cases(synapse: Path, raw: Path, stop, toy):
+    label = synapse / "Training/label/label0002.nii.gz"
+    good = label.read_bytes()
+    wrong = toy.mask(1)
+    wrong.SetSpacing((1.0, 1.0, 1.0))
+    toy.write(wrong, label)
+    with pytest.raises(UserError, match="one grid"):
+        run(synapse)
+    label.write_bytes(good)
+    written = stop()
+    run(synapse)
+    assert written == ["img0002"]
+
+
+def test_fault_before_any_case_is_finished_leaves_nothing(synapse: Path, raw: Path):
+    (synapse / "Training/label/label0001.nii.gz").write_bytes(b"no image")
     with pytest.raises(UserError, match="every label must be readable"):
         run(synapse)
     assert list(raw.iterdir()) == []
@@ -166,6 +242,29 @@ def test_line_that_a_kill_cut_short_counts_as_not_written(tmp_path: Path):
             assert journal.finished("one", [tmp_path / "a"])["record"] == {"n": 1}
             assert journal.finished("two", [tmp_path / "b"]) is None
             assert journal.finished("three", []) is None
+
+
+def test_files_reach_the_disk_before_the_line_that_names_them(tmp_path: Path, monkeypatch):
+    synced: list[tuple[str, int]] = []
+    original = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        synced.append((path.name, path.stat().st_size))
+        original(descriptor)
+
+    if not Path("/proc/self/fd").is_dir():
+        pytest.skip("no names of open files on this system")
+    monkeypatch.setattr(os, "fsync", fsync)
+    with Journal(tmp_path, {"x": 1}) as journal:
+        (tmp_path / "a").write_text("abc")
+        (tmp_path / "link").symlink_to(tmp_path / "a")
+        synced.clear()
+        before = (tmp_path / NAME).stat().st_size
+        journal.add("one", [], [tmp_path / "a", tmp_path / "link"], {})
+    assert [name for name, _ in synced] == ["a", NAME]
+    assert synced[0][1] == 3
+    assert synced[1][1] == (tmp_path / NAME).stat().st_size > before
 
 
 def test_other_request_finds_an_empty_folder(tmp_path: Path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 import SimpleITK as sitk
 
 from nnssl.cli import make_subset
+from nnssl.dataset_conversion import volumes
 from nnssl.dataset_conversion.published import load_published
 from nnssl.imageio import read_array
 from nnssl.layout import RawDataset
@@ -57,6 +59,24 @@ def test_annotated_frames_of_every_part_are_cases(convert_to, mnms: Path, toy):
     assert {dataset.nnssl["domains"][f"{s}_sa_{f}"] for s in LABELED for f in PUBLISHED["frames"][s]} == {"B"}
     assert dataset.patient(f"{subject}_sa_{frame}") == subject
     assert "2 images without labels are left out" in err
+
+
+def test_each_file_is_read_once_for_all_its_frames(convert_to, mnms: Path, monkeypatch):
+    read: list[str] = []
+    original = volumes.read_image
+    monkeypatch.setattr(volumes, "read_image", lambda path: read.append(path.name) or original(path))
+    convert_to("MnMs")
+    assert sorted(read) == sorted(f"{s}_sa{part}.nii.gz" for s in SUBJECTS for part in ("", "_gt"))
+
+
+def test_a_file_that_has_changed_is_read_again(tmp_path: Path, toy):
+    path = tmp_path / "x.nii.gz"
+    for seed in (1, 2):
+        toy.write(toy.scan(seed), path)
+        os.utime(path, ns=(seed, seed))
+        np.testing.assert_array_equal(
+            sitk.GetArrayFromImage(volumes.read_again(path)), sitk.GetArrayFromImage(toy.scan(seed))
+        )
 
 
 def test_subjects_without_labels_are_the_pool(convert_to, mnms: Path):

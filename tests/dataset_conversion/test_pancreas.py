@@ -42,6 +42,18 @@ def test_series_and_label_share_their_voxels(convert_to, pancreas: Path, toy):
     assert dataset.channel_names == {"0": "CT"}
 
 
+@pytest.mark.parametrize("options", [(), ("--literature_crop",)])
+def test_a_label_that_says_it_was_stored_with_other_axes_is_turned(convert_to, pancreas: Path, toy, options):
+    label = sitk.DICOMOrient(toy.mask(2, (0, 1)), "RAI")
+    toy.write(label, pancreas / "TCIA_pancreas_labels-02-05-2017" / "label0018.nii.gz")
+    dataset, _, err = convert_to("Pancreas-CT", *options)
+    found, grid = read_array(dataset.label_file("imagesTr", "PANCREAS_0018"))
+    np.testing.assert_array_equal(found[0], sitk.GetArrayFromImage(toy.mask(2, (0, 1))))
+    assert grid.difference(read_array(dataset.cases("imagesTr")["PANCREAS_0018"][0])[1]) is None
+    text = "1 labels were stored with other axes than their image, and turned: imagesTr/PANCREAS_0018"
+    assert (text in err) == (not options)
+
+
 def test_withdrawn_copies_are_left_out_and_named(convert_to, pancreas: Path):
     dataset, out, err = convert_to("Pancreas-CT")
     assert "PANCREAS_0025" not in dataset.cases("imagesTr")

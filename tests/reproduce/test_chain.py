@@ -18,7 +18,7 @@ from nnssl.training.signals import EXIT_STOPPED
 CALL = ["toy", "Toy-1", "-device", "cpu", "-np", "1", "--seeds", "1"]
 
 
-def table_of(root: Path, name: str = "toy_Toy-1_b1") -> dict:
+def table_of(root: Path, name: str = "toy_Toy-1_b1_seed0") -> dict:
     return json.loads((root / "results" / "nnssl_reproduce" / "tables" / f"{name}.json").read_text())
 
 
@@ -164,7 +164,8 @@ def test_a_run_with_other_settings_is_never_taken_for_this_one(finished, capsys)
 def test_another_seed_gives_a_spread_and_own_settings_another_run(finished):
     root, _ = finished
     assert main([*CALL[:-1], "2", "--row", "Control", "--set", "momentum=0.5"]) == 0
-    control, teacher, _ = table_of(root)["rows"]
+    (name,) = (root / "results" / "nnssl_reproduce" / "tables").glob("toy_Toy-1_b1_seeds2-x*.json")
+    control, teacher, _ = table_of(root, name.stem)["rows"]
     assert (control["mm"]["dice"]["n"], control["mm"]["dice"]["sd"] is None) == (2, False)
     assert "momentum=0.5" in control["notes"]
     assert teacher["mm"] is None, "no row of the table was run with this setting but one"

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from importlib import import_module
+from types import SimpleNamespace
 
 import pytest
 
 from nnssl.errors import UserError
-from nnssl.reproduce.recipe import Request, make_recipe, plans_name
+from nnssl.reproduce.recipe import Request, _transposed, make_recipe, plans_name
 from nnssl.reproduce.table import find_table, papers, tables_of
 
 RUNNABLE = [(t, r) for paper in papers() for t in tables_of(paper).values() for r in t.rows if r.trainer]
@@ -47,6 +49,24 @@ def test_patch_and_strides_keep_their_extent_at_another_spacing():
     assert (anisotropic.patch, anisotropic.stride) == ((32, 96, 96), (21, 64, 64))
 
 
+def test_patch_and_strides_follow_the_axes_that_the_plan_transposes():
+    """nnU-Net puts the axis of the largest spacing first."""
+    coarse_x = recipe("BraTS-25", spacing=(1.0, 1.0, 3.0))
+    assert (coarse_x.patch, coarse_x.stride) == ((32, 96, 96), (21, 64, 64))
+    coarse_y = recipe(spacing=(0.625, 1.25, 0.625))  # (z, y, x) 80, 56 and 112 voxels; strides 4, 9 and 18
+    assert (coarse_y.patch, coarse_y.stride) == ((64, 80, 112), (9, 4, 18))
+    with pytest.raises(UserError, match=r"2D slices .*; got axis x; allowed axis z; do: mend --spacing"):
+        recipe("ACDC-3", "DiffRect", "diffrect", spacing=(1.0, 1.0, 5.0))
+
+
+def test_the_order_of_axes_is_nnunets():
+    from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
+
+    for spacing in ((1.0, 1.0, 1.0), (3.0, 1.0, 1.0), (1.0, 3.0, 2.0), (1.0, 1.0, 3.0), (1.0, 2.0, 2.0)):
+        planner = SimpleNamespace(suppress_transpose=False, determine_fullres_target_spacing=lambda s=spacing: s)
+        assert _transposed(spacing) == ExperimentPlanner.determine_transpose(planner)[0]
+
+
 def test_a_table_without_a_grid_keeps_its_patch():
     found = recipe("ACDC-3", "DiffRect", "diffrect", spacing=(10.0, 2.0, 2.0))
     assert (found.patch, found.stride, found.spacing) == ((256, 256), None, (10.0, 2.0, 2.0))
@@ -76,11 +96,42 @@ def test_rows_with_one_plan_share_its_name_and_others_do_not():
     assert plans_name(section, (8, 8), None) != plans_name({"batch_size": 2}, (8, 8), None)
 
 
+@pytest.mark.parametrize("spacing", [None, (4.0, 2.0, 2.0)])
+def test_rows_that_share_a_plan_share_its_record_and_others_do_not(spacing):
+    presets: dict[str, set[str]] = {}
+    records: dict[str, dict] = {}
+    for paper in papers():
+        for table in tables_of(paper).values():
+            for row in (r for r in table.rows if r.trainer):
+                processes = len(presets.get(row.preset, ())) + 1  # the machine's matter, as is the preset's name
+                found = make_recipe(table, row, Request(spacing=spacing, processes=processes))
+                assert found.plan_record("D") == records.setdefault(found.plans, found.plan_record("D"))
+                presets.setdefault(found.plans, set()).add(str(row.preset))
+    assert any(len(names) > 1 for names in presets.values()), "no two presets share a plan: nothing was tested"
+    assert len({json.dumps(record) for record in records.values()}) == len(records)
+
+
+def test_a_preset_that_plans_otherwise_has_another_record(tmp_path):
+    table = find_table("diffcl", "LA-4")
+    row, own = table.row("Diff-CL"), tmp_path / "own.json"
+    before = recipe().plan_record("D")
+    own.write_text(json.dumps({"extends": row.preset, "train": {"set": {"eta": 0.5}}}))
+    assert make_recipe(table, replace(row, preset=str(own)), Request()).plan_record("D") == before
+    own.write_text(json.dumps({"extends": row.preset, "plan": {"spacing": [1, 1, 1]}}))
+    assert make_recipe(table, replace(row, preset=str(own)), Request()).plan_record("D") != before
+
+
 def test_runs_of_one_table_never_meet():
     for paper in papers():
         for table in tables_of(paper).values():
             rows = [make_recipe(table, row, Request()) for row in table.rows if row.trainer]
             assert len({(r.plans, r.row.trainer, r.run) for r in rows}) == len(rows)
+    every = [make_recipe(t, row, Request()) for t, row in RUNNABLE if row.share == "all"]  # tables share that data set
+    runs: dict[tuple, list[str]] = {}
+    for found in every:
+        words = runs.setdefault((found.plans, found.row.trainer, found.run), found.train_words("D", 0))
+        assert words == found.train_words("D", 0)
+    assert len(runs) < len(every), "no two tables share a run: nothing was tested"
     assert recipe(budget=0.5).run != recipe(budget=0.25).run
     assert recipe().name(0) != recipe().name(1)
 

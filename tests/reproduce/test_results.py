@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -101,9 +102,32 @@ def test_list_prints_one_independent_command_a_row(capsys):
         assert (args.budget, args.spacing, args.device, args.seeds) == (0.05, [1.25] * 3, "cpu", 3)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        [],
+        ["--row", "Diff-CL", "DTC", "diff-cl"],
+        ["--row", "CAML", "--set", "eta=0.1", "a=[1, 2]", "--set", "b=1e-7"],
+        ["--budget", "0.123456789", "--seeds", "1", "--spacing", "1.2345678", "1", "1e-3", "-np", "1"],
+        ["--seed", "0", "-num_gpus", "2", "-device", "cpu", "--precision", "fp32", "-d", "1"],
+        ["-o", "out put", "--test_ids", "some where/ids.txt"],
+    ],
+)
+def test_every_listed_command_repeats_the_call_for_one_of_its_rows(options, capsys):
+    call = ["diffcl", "LA-4", *options]
+    assert main([*call, "--list"]) == 0
+    asked = vars(build_parser().parse_args(call))
+    rows = list(dict.fromkeys(LA.row(name).slug for name in asked["row"] or [row.method for row in LA.rows]))
+    lines = capsys.readouterr().out.splitlines()
+    for line, row in zip(lines, rows, strict=True):
+        told = vars(build_parser().parse_args(shlex.split(line)[1:]))
+        paths = {key: value.resolve() for key, value in asked.items() if isinstance(value, Path)}
+        assert told == asked | paths | {"row": [row]}
+
+
 def test_rows_that_can_not_be_run_are_comments_in_the_list():
     table = find_table("generic_ssl", "LA-8")
-    lines = commands(table, ["--seed", "1"])
+    lines = commands(table, table.rows, ["--seed", "1"])
     only = [line for line in lines if line.startswith("#")]
     assert only == [f"# reported only: generic_ssl LA-8, {name}" for name in ("LMISA-3D", "vMFNet")]
     assert len(lines) == len(table.rows)
@@ -114,7 +138,7 @@ def test_list_without_a_table_shows_all(capsys):
     text = capsys.readouterr().out
     assert len(text.splitlines()) == sum(len(tables_of(paper)) for paper in papers())
     assert main(["diffrect", "--list"]) == 0
-    assert "nnssl_reproduce diffrect Prostate-2-own1 --row ict " in capsys.readouterr().out
+    assert "nnssl_reproduce diffrect Prostate-2-own1 --row ict\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -126,6 +150,8 @@ def test_list_without_a_table_shows_all(capsys):
         (["diffcl", "LA-4", "--row", "CAMEL"], "nearest: CAML"),
         (["diffcl", "LA-4", "--seeds", "0"], "--seeds"),
         (["diffcl", "LA-4", "--set", "eta=1"], "--set belongs to one row"),
+        (["diffcl", "LA-4", "--set", "eta=1", "--list"], "--set belongs to one row"),
+        (["diffcl", "--row", "DTC", "--list"], "no TABLE"),
         (["diffcl", "LA-4", "--row", "diff-cl", "--set", "eta"], "KEY=VALUE"),
         (["diffcl", "LA-4", "--budget", "-1"], "--budget"),
         (["diffcl", "LA-4"], "nnssl_convert LA SRC -d ID"),
@@ -157,6 +183,32 @@ def test_reported_numbers_are_printed_without_any_data(call, words, tmp_path, mo
     text = capsys.readouterr().out
     assert words in text
     assert "±" not in text.split("Ours:")[0]
+
+
+def test_no_call_replaces_the_table_of_a_call_with_another_request(tmp_path, monkeypatch):
+    for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
+        monkeypatch.setenv(name, str(tmp_path))
+    ids = tmp_path / "ids.txt"
+    ids.write_text("a\n")
+    row = ["--row", "CAML"]
+    calls = [
+        [],
+        ["--seeds", "1"],
+        ["--seeds", "2"],
+        ["--seed", "2"],
+        ["--budget", "0.5"],
+        ["--precision", "bf16"],
+        [*row, "--set", "eta=1"],
+        [*row, "--set", "eta=2"],
+        ["--spacing", "1", "1", "1"],
+        ["--test_ids", str(ids)],
+    ]
+    for number, options in enumerate(calls, start=1):
+        assert main(["diffcl", "LA-4", *options, "--report", "-o", str(tmp_path / "o")]) == 0
+        assert len(list((tmp_path / "o" / "tables").glob("*.json"))) == number
+    for same in (row, ["-device", "cpu", "-np", "2"], ["--seeds", "3"]):
+        assert main(["diffcl", "LA-4", *same, "--report", "-o", str(tmp_path / "o")]) == 0
+        assert len(list((tmp_path / "o" / "tables").glob("*.json"))) == len(calls)
 
 
 def test_listing_loads_no_torch():

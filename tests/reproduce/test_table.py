@@ -83,6 +83,13 @@ def test_every_explanation_is_used():
         assert set(names) == {name for table in TABLES for name in getattr(table, kind)}
 
 
+def test_a_flaw_of_one_direction_stands_under_that_direction():
+    text = "CT to MR"
+    for table in TABLES:
+        directed = [line for line in explain("flaws", table.flaws) if text in line]
+        assert bool(directed) == (table.name == "MMWHS-CT2MR")
+
+
 def test_splits_that_ship_with_the_package_are_those_of_the_tables():
     shipped: dict[str, set[str]] = {}
     for path in PUBLISHED.glob("*.json"):
@@ -104,6 +111,24 @@ def test_rows_name_presets_and_settings_that_exist(table: Table, row: Row):
     assert row.iterations or options.keys() >= {"epochs", "iterations_per_epoch"}
     assert load_preset(row.preset)["plan"]["patch_size"]
     assert row.share in ("few", "all")
+
+
+def test_no_method_that_exists_here_is_reported_only():
+    from nnssl.trainers.registry import TRAINERS
+
+    known = {name for info in TRAINERS.values() for name in info.method.split(", ")}
+    left = {row.method for table in TABLES if not table.why for row in table.rows if row.trainer is None}
+    assert not [method for method in left if method.split(" (")[0] in known]
+
+
+def test_methods_that_change_the_network_run_on_the_planned_one():
+    """Their own blocks go into the network that nnU-Net plans, which takes a preset without a network."""
+    from nnssl.plans.preset import load_preset
+
+    own = {"MCNet", "DTC", "SASSNet", "URPC", "CAML", "MLRPL", "SSNet", "INCL", "DST"}
+    for _, row in RUNNABLE:
+        if row.trainer.removesuffix("Trainer") in own:
+            assert "network" not in load_preset(row.preset)["plan"], row.method
 
 
 def test_misprints_are_found_and_nothing_else():
