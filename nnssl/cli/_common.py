@@ -45,7 +45,10 @@ def run_command(
         from nnssl.environment import check_environment  # detects a foreign nnssl
 
         check_environment()
-        return execute(args) or 0
+        from nnssl.training.signals import leave_when_asked
+
+        with leave_when_asked():
+            return execute(args) or 0
     except UserError as error:
         if args.debug:
             raise

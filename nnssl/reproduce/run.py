@@ -17,8 +17,8 @@ from nnssl.reproduce.chain import STEPS_OF_A_SEED, Chain
 from nnssl.reproduce.data import SubsetPlan, plan_subset, require_references, test_tag
 from nnssl.reproduce.recipe import Recipe, Request, make_recipe
 from nnssl.reproduce.results import as_data, as_text, row_result, tags
-from nnssl.reproduce.stops import leave_when_asked
 from nnssl.reproduce.table import Row, Table, papers, tables_of
+from nnssl.training.signals import EXIT_STOPPED, leave_when_asked
 
 
 @dataclass
@@ -78,7 +78,7 @@ def run_job(job: Job, stream: TextIO | None = None) -> None:
     logs = job.root / "logs" / f"{job.table.paper}_{job.table.name}"
     runner = StepRunner(logs, total, stream, f"nnssl_reproduce {job.table.paper} {job.table.name}")
     chain = Chain(job.table, job.root, runner)
-    with leave_when_asked():
+    with leave_when_asked(EXIT_STOPPED):  # the same call goes on
         for work in works:
             _run_work(chain, work, job.request)
 

@@ -1,9 +1,12 @@
-"""Stopping on request without losing a step."""
+"""Stopping on request: without losing a step of a training, and without leaving processes behind."""
 
 from __future__ import annotations
 
+import contextlib
+import os
 import signal
 import threading
+from collections.abc import Iterator
 from typing import Any
 
 #: Exit code of a run that was asked to stop, saved its state and can go on with --c (EX_TEMPFAIL of sysexits.h).
@@ -34,4 +37,32 @@ class StopRequest:
 
     def __exit__(self, *exception: object) -> None:
         for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def leave_when_asked(code: int | None = None) -> Iterator[None]:
+    """Let SIGTERM and SIGUSR1 end this process as an exit does, worker processes included; a `StopRequest` comes first.
+
+    By default both end a process without a word to its workers, which then wait for it for ever.
+
+    Args:
+        code: exit code; None = 128 + the signal's number, as shells count.
+    """
+    if threading.current_thread() is not threading.main_thread():  # Python allows handlers nowhere else
+        yield
+        return
+    owner = os.getpid()
+
+    def leave(number: int, frame: object) -> None:
+        if os.getpid() != owner:  # a forked worker, which its parent asks to end
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        raise SystemExit(128 + number if code is None else code)
+
+    before = {number: signal.signal(number, leave) for number in STOP_SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
             signal.signal(number, handler)
