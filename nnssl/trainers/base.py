@@ -176,6 +176,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         """Build, place and seed every network and optimizer."""
         if self.was_initialized:
             raise RuntimeError("the trainer is initialized already")
+        self._require_even("labeled", self.configuration_manager.batch_size)
         self._set_batch_size_and_oversample()
         self.num_input_channels = determine_num_input_channels(
             self.plans_manager, self.configuration_manager, self.dataset_json
@@ -303,7 +304,15 @@ class SemiSupervisedTrainer(nnUNetTrainer):
 
     def pseudo_batch_size(self) -> int:
         """Return this rank's share of the items of a step with masks of unknown quality."""
+        self._require_even("pseudo", self.settings.pseudo_batch or self.configuration_manager.batch_size)
         return self._share("pseudo", self.settings.pseudo_batch)
+
+    def _require_even(self, what: str, total: int) -> None:
+        """Refuse shares of unequal size where nnU-Net's Dice gathers a row an item from every process."""
+        if self.is_ddp and self.configuration_manager.batch_dice and total % dist.get_world_size():
+            rule = f"with a Dice over the batch every process needs as many items of the {what} batch"
+            got, world = f"{total} for {dist.get_world_size()} processes", dist.get_world_size()
+            raise UserError(rule, got, f"multiples of {world}", "change -num_gpus or the batch size")
 
     def _share(self, what: str, wanted: int | None) -> int:
         total = wanted or self.configuration_manager.batch_size

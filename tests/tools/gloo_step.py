@@ -36,12 +36,13 @@ def run(name: str, plans_name: str, settings: dict[str, Any]) -> dict[str, Any]:
     for batch in batches:
         trainer.train_step(batch)
     networks = {"network": trainer.network} | {n: p.module for n, p in trainer.partners.items()}
-    unlabeled = batches[0].get("unlabeled")
+    unlabeled, pseudo = batches[0].get("unlabeled"), batches[0].get("pseudo")
     return {
         "weights": {n: flat(dict(m.named_parameters())) for n, m in networks.items()},
         "modules": {n: flat(m.state_dict()) for n, m in trainer.modules.items()},
         "data": batches[0]["data"],
         "sizes": [len(batches[0]["data"]), 0 if unlabeled is None else len(unlabeled["strong"])],
+        "pseudo": None if pseudo is None else pseudo["data"],
     }
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -24,6 +26,15 @@ def weights(module: torch.nn.Module) -> list[torch.Tensor]:
 def same(a: Sequence[torch.Tensor], b: Sequence[torch.Tensor]) -> bool:
     """Return whether two sequences of tensors agree bit for bit."""
     return len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def on_two_processes(script: str, *words: str, **environment: str) -> None:
+    """Run a script of this folder on two gloo processes, as torchrun starts them, and wait for its success."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    path = str(Path(__file__).with_name(script))
+    run = subprocess.run([*launch, path, *words], env=environment, capture_output=True, text=True, timeout=500)
+    assert run.returncode == 0, run.stderr[-30000:]
 
 
 def take(loader, count: int, workers: int = 0) -> list[dict]:

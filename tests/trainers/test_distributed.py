@@ -7,18 +7,16 @@ import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-from nnssl_test_tools import same
+from nnssl_test_tools import on_two_processes, same
 from torch.multiprocessing import ProcessExitedException
 
 from nnssl.trainers.launch import supervise
 from nnssl.trainers.stepping import parameters_of
 from nnssl.training.signals import EXIT_STOPPED
 
-SCRIPT = Path(__file__).parent.parent / "tools" / "gloo_step.py"
 #: What runs on two processes: every mechanism that shares something between ranks.
 TRAINERS = {
     "ACISISTrainer": {"window": 1, "unlabeled_batch": 2},
@@ -54,15 +52,7 @@ BANKS = {"CAMLTrainer": "memory", "DiffCLTrainer": "bank"}
 def steps(toy, tmp_path_factory):
     """The folder of what both ranks have after steps of every trainer; one launch, since starting takes the time."""
     out = tmp_path_factory.mktemp("ranks")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(SCRIPT)]
-    run = subprocess.run(
-        [*command, "toy2d", str(out), json.dumps(TRAINERS)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "nnUNet_results": str(out / "results")},
-        capture_output=True,
-        text=True,
-        timeout=500,
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
+    on_two_processes("gloo_step.py", "toy2d", str(out), json.dumps(TRAINERS), nnUNet_results=str(out / "results"))
     return out
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from nnssl_test_tools import nnunet_variables, same, toy_case, weights, write_nifti
+from nnssl_test_tools import nnunet_variables, on_two_processes, same, toy_case, weights, write_nifti
 
 from nnssl.errors import UserError
 from nnssl.plans.manifest import load_manifest, save_manifest
@@ -263,15 +263,38 @@ def test_regions_ignore_unsure_voxels(noisy, build):
 
 
 def test_ranks_share_the_items_of_the_third_stream(noisy, build, monkeypatch):
-    trainer = build("SupervisedTrainer", settings={**BOTH, "pseudo_batch": 5})
+    trainer = build("SupervisedTrainer", settings={**BOTH, "pseudo_batch": 6})
     trainer.is_ddp = True
     monkeypatch.setattr(base.dist, "get_world_size", lambda: 3)
-    shares = []
     for rank in range(3):
         monkeypatch.setattr(base.dist, "get_rank", lambda rank=rank: rank)
-        shares.append(trainer.pseudo_batch_size())
-    assert sorted(shares) == [1, 2, 2]
-    monkeypatch.setattr(base.dist, "get_world_size", lambda: 6)
+        assert trainer.pseudo_batch_size() == 2
+    monkeypatch.setattr(base.dist, "get_world_size", lambda: 4)
+    with pytest.raises(UserError, match=r"as many items of the pseudo batch.*6 for 4 processes"):
+        trainer.pseudo_batch_size()
+    with pytest.raises(UserError, match="as many items of the labeled batch"):
+        trainer._require_even("labeled", 2)
+    trainer.configuration_manager.configuration["batch_dice"] = False
+    monkeypatch.setattr(base.dist, "get_rank", lambda: 3)
+    assert trainer.pseudo_batch_size() == 1
+    monkeypatch.setattr(base.dist, "get_world_size", lambda: 7)
     with pytest.raises(UserError, match="pseudo batch must give every process an item"):
         trainer.pseudo_batch_size()
     trainer.is_ddp = False
+
+
+def test_two_processes_learn_the_same_from_different_masks(noisy, tmp_path):
+    names = {"SupervisedTrainer": {}, "MeanTeacherTrainer": {"unlabeled_batch": 2}, "ProtoDiffTrainer": {}}
+    noisy_too = {name: {**settings, **BOTH, "pseudo_batch": 4} for name, settings in names.items()}
+    (tmp_path / "plain").mkdir()
+    on_two_processes("gloo_step.py", "toy2d", str(tmp_path), json.dumps(noisy_too))
+    on_two_processes("gloo_step.py", "toy2d", str(tmp_path / "plain"), json.dumps(names))
+    for name in names:
+        a, b = (torch.load(tmp_path / f"{name}.rank{rank}.pt", weights_only=True) for rank in (0, 1))
+        assert len(a["pseudo"]) == len(b["pseudo"]) == 2
+        assert not torch.equal(a["pseudo"], b["pseudo"])
+        plain = torch.load(tmp_path / "plain" / f"{name}.rank0.pt", weights_only=True)
+        assert plain["pseudo"] is None
+        moved = [*a["weights"]["network"].values()]
+        assert same(moved, [*b["weights"]["network"].values()])
+        assert not same(moved, [*plain["weights"]["network"].values()])
