@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import statistics
 from typing import Any
 
@@ -23,15 +24,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Time interleaved steps on one fixed batch and count the FLOPs of one step each."""
     from nnssl.cli.train import parse_settings
-    from nnssl.training.allocator import keep_freed_memory
+    from nnssl.training.allocator import kept_memory
 
-    if args.device == "cpu":
-        keep_freed_memory()  # as nnssl_train does
     sides = {}
     for name in ["SupervisedTrainer", *args.tr]:
         settings = parse_settings(args.set) if name != "SupervisedTrainer" else {}
         sides[name] = PreparedStep(args.dataset, args.configuration, args.p, name, settings, args.device)
-    seconds = interleaved({name: side.step for name, side in sides.items()}, args.repeats, warmup=2)
+    with kept_memory() if args.device == "cpu" else contextlib.nullcontext():  # as nnssl_train does
+        seconds = interleaved({name: side.step for name, side in sides.items()}, args.repeats, warmup=2)
     flops = {name: side.count_flops() for name, side in sides.items()}
     control = statistics.median(seconds["SupervisedTrainer"])
     rows = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 from collections.abc import Sequence
 
 from nnssl.cli._common import run_command
@@ -67,31 +68,30 @@ def execute(args: argparse.Namespace) -> None:
         preset_settings, preset_options = train_section(args.preset, args.tr)
         settings, options = preset_settings | settings, preset_options | options
     from nnssl.trainers.launch import Job, best_device, run_job
-    from nnssl.training.allocator import keep_freed_memory
+    from nnssl.training.allocator import kept_memory
 
     device = args.device or best_device()
-    if device == "cpu":  # here, not in the trainer: this process is the command's own
-        keep_freed_memory()
-    run_job(
-        Job(
-            dataset=args.dataset,
-            configuration=args.configuration,
-            fold="all" if args.fold == "all" else int(args.fold),
-            trainer=args.tr,
-            plans=args.p,
-            run=args.run,
-            settings=settings,
-            options=options,
-            device=device,
-            num_gpus=args.num_gpus,
-            continue_training=args.c,
-            only_validation=args.val or args.val_best,
-            validate_with_best=args.val_best,
-            save_probabilities=args.npz,
-            disable_checkpointing=args.disable_checkpointing,
-            pretrained_weights=args.pretrained_weights,
+    with kept_memory() if device == "cpu" else contextlib.nullcontext():
+        run_job(
+            Job(
+                dataset=args.dataset,
+                configuration=args.configuration,
+                fold="all" if args.fold == "all" else int(args.fold),
+                trainer=args.tr,
+                plans=args.p,
+                run=args.run,
+                settings=settings,
+                options=options,
+                device=device,
+                num_gpus=args.num_gpus,
+                continue_training=args.c,
+                only_validation=args.val or args.val_best,
+                validate_with_best=args.val_best,
+                save_probabilities=args.npz,
+                disable_checkpointing=args.disable_checkpointing,
+                pretrained_weights=args.pretrained_weights,
+            )
         )
-    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -11,6 +11,8 @@ import numpy as np
 RING = 3
 #: Labels of fewer voxels are not judged: two means of so few say nothing.
 ENOUGH = 1000
+#: The best of many other places must lie this many standard deviations above them: some place is always the best.
+STANDS_OUT = 4
 #: Names of the axes of an axial array (z, y, x).
 _AXES = ("head-foot", "front-back", "left-right")
 
@@ -40,7 +42,9 @@ def better_turned(image: np.ndarray, label: np.ndarray, low: float, high: float,
     found = {name: _contrast(image, turned, low, high) for name, turned in _turns(image.shape, inside, around)}
     own = found.pop("")
     best = max(found, key=found.__getitem__)
-    if found[best] - own < margin or own > found[best] / 3:
+    others = [value for name, value in found.items() if name != best]
+    by_chance = np.mean(others) + STANDS_OUT * np.std(others)
+    if found[best] - own < margin or own > found[best] / 3 or found[best] < by_chance:
         return None
     return f"{best} it would be {found[best]:.0f} brighter than what surrounds it, as it lies {own:.0f}"
 

@@ -39,7 +39,7 @@ from nnssl.plans.domains import DOMAIN_KEYS, Domains
 from nnssl.plans.parallel import InterruptionError, Workers
 from nnssl.plans.verify import CaseScan, ImageScanner, Verified, listed, verify_raw_dataset
 
-_MINUTE = 60.0
+_DAY = 86400.0
 
 
 @dataclass(frozen=True)
@@ -138,14 +138,14 @@ class RawDatasetWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        no_fault = isinstance(error, (OSError, InterruptionError)) or not isinstance(error, (Exception, type(None)))
+        kept = self._journal is not None and (no_fault or len(self._journal) > 0)
+        if self._temporary is not None and not kept:  # before another run can take the folder over
+            shutil.rmtree(self._temporary, ignore_errors=True)
         if self._journal is not None:
             self._journal.__exit__(kind, error, trace)
         if self._claim is not None:
             os.close(self._claim)
-        no_fault = isinstance(error, (OSError, InterruptionError)) or not isinstance(error, (Exception, type(None)))
-        kept = self._journal is not None and (no_fault or len(self._journal) > 0)
-        if self._temporary is not None and not kept:
-            shutil.rmtree(self._temporary, ignore_errors=True)
         if self._temporary is not None and kept and isinstance(error, UserError) and not no_fault:
             text = f"{len(self._journal or ())} finished cases are kept in {self._temporary}"
             print(f"{text}: mend the fault and run the same command, or remove that folder", file=sys.stderr)
@@ -325,11 +325,13 @@ def _claim(folder: Path) -> int | None:
         import fcntl
     except ImportError:  # Windows
         return None
-    descriptor = os.open(folder, os.O_RDONLY)
+    descriptor = None
     try:
+        descriptor = os.open(folder, os.O_RDONLY)
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:  # another process holds it, or the file system locks no folders
-        os.close(descriptor)
+    except OSError:  # another process holds it, the file system locks no folders, or another user's may not be opened
+        if descriptor is not None:
+            os.close(descriptor)
         return None
     return descriptor
 
@@ -339,8 +341,12 @@ def _remove_abandoned(folder: Path) -> None:
     for path in folder.parent.glob(f".{glob.escape(folder.name)}.*"):
         if not re.fullmatch(r"[a-z0-9_]{8}", path.name.removeprefix(f".{folder.name}.")):  # as mkdtemp names them
             continue
-        if time.time() - path.stat().st_mtime < _MINUTE or (claim := _claim(path)) is None:
-            continue  # a new one may not be locked yet
+        try:
+            age = time.time() - path.stat().st_mtime
+        except OSError:  # gone meanwhile
+            continue
+        if age < _DAY or (claim := _claim(path)) is None:
+            continue  # a new one may not be locked yet, or its lock may not be seen from another machine
         shutil.rmtree(path, ignore_errors=True)
         os.close(claim)
 

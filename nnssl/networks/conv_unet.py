@@ -32,11 +32,11 @@ class ChannelsLastConv3d(nn.Conv3d):
         if x.device.type != "cpu":
             return super().forward(x)
         layout = torch.channels_last_3d
-        x = x.contiguous(memory_format=layout)
-        if x.requires_grad:
-            x.register_hook(Tensor.contiguous)  # what comes before would run on two layouts, many times slower
+        inner = x.contiguous(memory_format=layout)
+        if inner.requires_grad and inner is not x:  # what comes before would run on two layouts, many times slower
+            inner.register_hook(lambda gradient: gradient if gradient is None else gradient.contiguous())
         weight = self.weight.contiguous(memory_format=layout)
-        return self._conv_forward(x, weight, self.bias).contiguous()
+        return self._conv_forward(inner, weight, self.bias).contiguous()
 
 
 CONV = {2: nn.Conv2d, 3: ChannelsLastConv3d}

@@ -27,7 +27,7 @@ class _Guard(nn.Module):
         if not smaller_than_kernel(self, x):
             return super().forward(x)
         with torch.autocast(x.device.type, enabled=False):
-            return super().forward(x.float())
+            return super().forward(x.to(self.weight.dtype))
 
 
 #: One guarded class a convolution's own class.

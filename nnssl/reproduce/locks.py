@@ -33,8 +33,8 @@ def alone(path: Path, what: str, report: Callable[[str], None]) -> Iterator[None
     """Hold a lock while the block runs; wait for another process that holds it.
 
     The system takes the lock away from a process that dies, so that a kill leaves none behind, nor do workers that
-    outlive it. It holds across
-    machines where the file system passes ``flock`` on (NFS from Linux 2.6.12 on; Lustre when mounted with ``flock``).
+    outlive it. It holds across machines where the file system passes ``flock`` on (NFS from Linux 2.6.12 on; Lustre
+    when mounted with ``flock``); where there is none, a line says so.
 
     Args:
         path: the lock file; created, never removed.
@@ -43,19 +43,28 @@ def alone(path: Path, what: str, report: Callable[[str], None]) -> Iterator[None
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a", encoding="utf-8") as file:
-        if fcntl is None:
-            report(f"this system has no file locks: run no second nnssl_reproduce beside this one ({what})")
+        if not _lock(file, lambda: report(f"another process is at it, waiting: {what}")):
+            report(f"there are no file locks here: run no second nnssl_reproduce beside this one ({what})")
             yield
             return
         _OPEN.add(file)
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            report(f"another process is at it, waiting: {what}")
-            fcntl.flock(file, fcntl.LOCK_EX)
         try:
             yield
         finally:
             _OPEN.discard(file)
             if not file.closed:
                 fcntl.flock(file, fcntl.LOCK_UN)
+
+
+def _lock(file: Any, wait: Callable[[], None]) -> bool:
+    """Lock an open file, after calling ``wait`` if another process has it; return False where that is impossible."""
+    if fcntl is None:
+        return False
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        wait()
+        fcntl.flock(file, fcntl.LOCK_EX)
+    except OSError:  # ENOLCK, ENOSYS: the file system has none
+        return False
+    return True

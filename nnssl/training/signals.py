@@ -44,7 +44,8 @@ class StopRequest:
 def leave_when_asked(code: int | None = None) -> Iterator[None]:
     """Let SIGTERM and SIGUSR1 end this process as an exit does, worker processes included; a `StopRequest` comes first.
 
-    By default both end a process without a word to its workers, which then wait for it for ever.
+    By default both end a process without a word to its workers, which then wait for it for ever. Where somebody has
+    given a signal another meaning already, as `nnssl_reproduce` has for the commands it runs, that stands.
 
     Args:
         code: exit code; None = 128 + the signal's number, as shells count.
@@ -60,9 +61,11 @@ def leave_when_asked(code: int | None = None) -> Iterator[None]:
             os.kill(os.getpid(), number)
         raise SystemExit(128 + number if code is None else code)
 
-    before = {number: signal.signal(number, leave) for number in STOP_SIGNALS}
+    free = [number for number in STOP_SIGNALS if signal.getsignal(number) == signal.SIG_DFL]
+    for number in free:
+        signal.signal(number, leave)
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number in free:
+            signal.signal(number, signal.SIG_DFL)

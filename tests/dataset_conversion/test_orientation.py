@@ -79,6 +79,21 @@ def test_a_label_with_a_contrast_of_its_own_is_not_doubted():
     assert better_turned(scan, label, *WINDOW, 30) is None
 
 
+def test_a_right_label_of_weak_contrast_is_not_refused_by_chance():
+    for seed in range(20):
+        scan, label = abdomen(seed, organ=-78, noise=0)  # 12 brighter than fat
+        texture = np.random.default_rng(seed).normal(0, 60, [SIZE // 4] * 3)
+        scan = scan + np.kron(texture, np.ones((4, 4, 4)))
+        scan[label > 0] = scan[_around(label)].mean() + 12
+        assert better_turned(scan, label, *WINDOW, 30) is None
+
+
+def _around(label: np.ndarray) -> np.ndarray:
+    from scipy.ndimage import binary_dilation
+
+    return binary_dilation(label > 0, iterations=3) & (label == 0)
+
+
 def test_the_pancreas_on_the_livers_side_is_refused(tmp_path: Path):
     scan, label = abdomen()
     image, right, wrong = (tmp_path / f"{name}.nii.gz" for name in ("image", "right", "wrong"))

@@ -24,10 +24,10 @@ with RawDatasetWriter(60, "X") as writer:
 
 
 def start() -> tuple[subprocess.Popen, Path]:
-    """Start a run that is busy; return it and its folder, made to look an hour old."""
+    """Start a run that is busy; return it and its folder, made to look two days old."""
     process = subprocess.Popen([sys.executable, "-c", HOLDER], stdout=subprocess.PIPE, text=True)
     folder = Path(process.stdout.readline().strip())
-    os.utime(folder, (time.time() - 3600,) * 2)
+    os.utime(folder, (time.time() - 200_000,) * 2)
     return process, folder
 
 
@@ -42,7 +42,7 @@ def test_folders_of_killed_runs_are_removed_and_those_of_others_are_not(raw: Pat
         for path in (new, *others):
             path.mkdir()
         for path in others:
-            os.utime(path, (time.time() - 3600,) * 2)
+            os.utime(path, (time.time() - 200_000,) * 2)
         assert left.parent == raw
         assert not left.exists(), "the second run has removed it"
         with RawDatasetWriter(60, "X") as writer:

@@ -29,6 +29,21 @@ def test_a_stop_signal_leaves_at_once_and_the_old_handling_comes_back(number, co
     assert signal.getsignal(number) == before
 
 
+def test_a_command_within_another_leaves_with_the_outer_ones_code():
+    with pytest.raises(SystemExit) as left, leave_when_asked(EXIT_STOPPED), leave_when_asked():
+        ask(signal.SIGTERM)
+    assert left.value.code == EXIT_STOPPED
+
+
+def test_a_signal_that_the_parent_ignores_stays_ignored():
+    before = signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    try:
+        with leave_when_asked():
+            os.kill(os.getpid(), signal.SIGUSR1)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
 def test_a_training_finishes_its_step_first():
     with leave_when_asked():
         with StopRequest() as request:
