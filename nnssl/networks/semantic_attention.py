@@ -1,13 +1,14 @@
 """Queries of classes that look at several resolutions of a decoder, for training (INCL, MIDL 2023).
 
 A query is what a class looks like; its attention over the positions of a feature map says where the class is, and what
-it finds there moves it on to the next resolution. Both modules of INCL have this form.
+it finds there moves it on to the next resolution. Both modules of INCL have this form; one of them looks with what the
+queries of the other became on labeled crops.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -71,15 +72,15 @@ class ScaleAttention(nn.Module):
         grid: positions along each axis; features of another size are averaged over its cells.
         dim: of the embeddings, a multiple of ``heads``.
         heads: of the attention.
-        last: no resolution follows that would read the embeddings, so they stay as they are.
+        moves: the embeddings are read further; False: nobody does, so they stay as they are.
     """
 
-    def __init__(self, channels: int, grid: Sequence[int], dim: int, heads: int, last: bool = False) -> None:
+    def __init__(self, channels: int, grid: Sequence[int], dim: int, heads: int, moves: bool = True) -> None:
         super().__init__()
-        self.grid, self.heads, self.last, n = tuple(grid), heads, last, math.prod(grid)
+        self.grid, self.heads, self.moves, n = tuple(grid), heads, moves, math.prod(grid)
         self.query, self.key, self.mix = nn.Linear(dim, dim), nn.Linear(channels, dim), nn.Linear(heads, 1)
         self.positions = nn.Sequential(nn.Linear(n, n), nn.ReLU(), nn.Linear(n, n))
-        if last:
+        if not moves:
             return
         self.value, self.join = nn.Linear(channels, dim), nn.Linear(dim, dim)
         self.perceptron = nn.Sequential(nn.Linear(dim, WIDENING * dim), nn.ReLU(), nn.Linear(WIDENING * dim, dim))
@@ -97,7 +98,7 @@ class ScaleAttention(nn.Module):
         scores = q @ k.transpose(2, 3) / math.sqrt(q.shape[3])  # (b, heads, C, N)
         scores = scores + self.positions(scores)
         maps = self.mix(scores.movedim(1, -1))[..., 0].unflatten(2, self.grid)
-        if not self.last:
+        if self.moves:
             read = (scores.softmax(3) @ self._split(self.value(tokens))).transpose(1, 2).flatten(2)
             embeddings = self.norms[0](embeddings + self.join(read))
             embeddings = self.norms[1](embeddings + self.perceptron(embeddings))
@@ -109,7 +110,10 @@ class ScaleAttention(nn.Module):
 
 
 class SemanticAttention(nn.Module):
-    """Learned class embeddings that read some resolutions of a decoder one after the other, the lowest first.
+    """Class embeddings that read some resolutions of a decoder, the lowest first.
+
+    Learned ones go from each resolution to the next. A taught module has none of its own: at every resolution it looks
+    with those that it is given for it.
 
     In single precision with autocast off, since the softmax runs over positions.
 
@@ -119,28 +123,46 @@ class SemanticAttention(nn.Module):
         classes: C.
         dim: of the embeddings.
         heads: of the attention.
+        taught: whether the embeddings are given.
     """
 
     def __init__(
-        self, channels: dict[int, int], grids: dict[int, tuple[int, ...]], classes: int, dim: int, heads: int
+        self,
+        channels: dict[int, int],
+        grids: dict[int, tuple[int, ...]],
+        classes: int,
+        dim: int,
+        heads: int,
+        taught: bool = False,
     ) -> None:
         super().__init__()
         self.stages = list(grids)
-        self.embeddings = nn.Parameter(torch.randn(classes, dim))
+        if not taught:
+            self.embeddings = nn.Parameter(torch.randn(classes, dim))
         self.layers = nn.ModuleList(
-            ScaleAttention(channels[s], grid, dim, heads, s == max(grids)) for s, grid in grids.items()
+            ScaleAttention(channels[s], grid, dim, heads, not taught) for s, grid in grids.items()
         )
 
-    def forward(self, scales: Sequence[Tensor]) -> list[Tensor]:
-        """Return the classes' maps (b, C, *grid) of each resolution that is read, logits.
+    def forward(
+        self, scales: Sequence[Tensor] | Mapping[int, Tensor], given: Sequence[Tensor] | None = None
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Return maps and embeddings of the classes at each resolution that is read.
 
         Args:
-            scales: features (b, channels, ...) of every resolution of the decoder, lowest first.
+            scales: features (b, channels, ...) by index of the decoder's stage, lowest resolution first.
+            given: embeddings (C, dim) of each resolution that is read, if the module is taught.
+
+        Returns:
+            (maps (b, C, *grid), logits; embeddings (b, C, dim), what they are after that resolution).
         """
-        maps = []
-        with torch.autocast(scales[0].device.type, enabled=False):
-            embeddings = self.embeddings.expand(len(scales[0]), -1, -1)
-            for stage, layer in zip(self.stages, self.layers, strict=True):
+        maps, after = [], []
+        first = scales[self.stages[0]]
+        with torch.autocast(first.device.type, enabled=False):
+            embeddings = None if given is not None else self.embeddings.expand(len(first), -1, -1)
+            for i, (stage, layer) in enumerate(zip(self.stages, self.layers, strict=True)):
+                if given is not None:
+                    embeddings = given[i].expand(len(first), -1, -1)
                 embeddings, logits = layer(embeddings, scales[stage].float())
                 maps.append(logits)
-        return maps
+                after.append(embeddings)
+        return maps, after

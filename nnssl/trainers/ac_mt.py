@@ -43,7 +43,7 @@ class ACMTSettings(TeacherSettings):
         0.75, "least entropy of an ambiguous voxel at the start, in units of U", low=0, high=1
     )
     threshold_end: float | None = option(
-        None, "the same at the end; none = the paper's: 0.95 (entropy), 0.9 (dropout)", low=0, high=1
+        None, "the same at the end; none = the authors' code's: 0.95 (entropy), 0.9 (dropout)", low=0, high=1
     )
     uncertainty_limit: str = option(
         "published", "U: the authors' ln 2, or ln C (regions: always ln 2)", choices=("published", "classes")

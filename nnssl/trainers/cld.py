@@ -30,7 +30,9 @@ class CLDSettings(ClassWeightSettings):
     rarity: float = option(1 / 3, "exponent of the class weights W; 0 weighs all classes alike", low=0)
     gamma: float = option(0.5, "exponent of the sampling rate s; 0 keeps every voxel", low=0)
     bank_decay: float = option(0.999, "decay of the moving average of the confidence", low=0, high=0.999999)
-    bank_every: int = option(8, "iterations that each of its values is taken over", low=1)
+    bank_every: int = option(
+        8, "iterations that each of its values is taken over (the authors: 2; DHC's version: 8)", low=1
+    )
 
     def validate(self) -> None:
         super().validate()

@@ -6,7 +6,8 @@ descending order of their counts, N_1 >= ... >= N_L, a pseudo-label of class l i
 
     mu_l = (N_(L+1-l) / N_1) ^ alpha
 
-The rate is a weight of the cross-entropy here, which is its expectation; the paper draws whole images instead.
+The rate is a weight of the cross-entropy here; the paper takes that share of the images of a class, the most certain
+ones, and counts N in the labeled set.
 """
 
 from __future__ import annotations

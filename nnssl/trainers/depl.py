@@ -31,9 +31,13 @@ class DePLSettings(UnsupervisedSettings):
     """Settings of DePL."""
 
     unsupervised_weight: float = option(0.1, "lambda: weight of both cross terms at the end of its schedule", low=0)
-    tau: float = option(0.5, "how much of the bias is taken off (DHC's version: 1)", low=0)
-    threshold: float = option(0.95, "least debiased probability that is kept (DHC's version: 0.9)", low=0, high=1)
-    prior_decay: float = option(0.999, "decay of the moving average q (DHC's version: 0.99)", low=0, high=0.999999)
+    tau: float = option(0.5, "how much of the bias is taken off (the authors: 0.4; DHC's version: 1)", low=0)
+    threshold: float = option(
+        0.95, "least debiased probability that is kept (the authors: 0.8; DHC's version: 0.9)", low=0, high=1
+    )
+    prior_decay: float = option(
+        0.999, "decay of the moving average q (the authors: also 0.99; DHC's version: 0.99)", low=0, high=0.999999
+    )
     margin: bool = option(True, "add the margin to the learner's logits (DHC's version computes and drops it)")
 
 

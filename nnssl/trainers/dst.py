@@ -37,8 +37,10 @@ class DSTSettings(UnsupervisedSettings):
     """Settings of debiased self-training."""
 
     unsupervised_weight: float = option(1.0, "weight of the terms of h_pseudo and h_worst", low=0)
-    threshold: float = option(0.95, "least probability of a pseudo-label that h_pseudo learns", low=0, high=1)
-    eta: float = option(2.0, "weight of the labels in h_worst's loss", low=0)
+    threshold: float = option(
+        0.95, "least probability of a pseudo-label that h_pseudo learns (the authors: 0.7 to 0.95)", low=0, high=1
+    )
+    eta: float = option(2.0, "weight of the labels in h_worst's loss (the authors: 1 to 4, often 2)", low=0)
     reversal: float = option(0.1, "rho at the end of the run, from 0: factor of h_worst's reversed gradient", low=0)
 
 

@@ -2,16 +2,18 @@
 
 Zhu et al., "Inherent Consistent Learning for Accurate Semi-supervised Medical Image Segmentation", MIDL 2023. Two
 modules of class queries attend to resolutions s of the decoder and return maps of the classes: SSPA (m, the Supervised
-Semantic Proxy Adaptor), which labels teach, and USCL (n, the Unsupervised Semantic Consistent Learner)::
+Semantic Proxy Adaptor), which labels teach, and USCL (n, the Unsupervised Semantic Consistent Learner), which looks at
+every resolution with what SSPA's queries became there on labeled crops, their mean over the batch::
 
     L = L_seg(p, y) + mean_s [CE + Dice](m_s, y) + lambda mean_s [ Dice(n_s, p) + omega MSE(n_s, m_s) ]
 
-The last two are on unlabeled crops, with p a constant there; all maps are probabilities.
+The last two are on unlabeled crops, with p and m constants there; all maps are probabilities. SSPA learns from them by
+its queries alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,14 +67,25 @@ class INCLTrainer(SemiSupervisedTrainer):
         grids = scale_grids(self.configuration_manager.patch_size, strides, s.scales, s.tokens)
         channels = dict(enumerate(network.encoder.output_channels[-2::-1]))  # a decoder's stage has its skip's width
         for name in ("sspa", "uscl"):
-            module = SemanticAttention(channels, grids, self.label_space.num_heads, s.dim, s.heads)
+            classes = self.label_space.num_heads
+            module = SemanticAttention(channels, grids, classes, s.dim, s.heads, taught=name == "uscl")
             self.add_partner(name, module)
         if len(grids) < s.scales and s.unsupervised_weight > 0:
             self.warn(f"the modules read {len(grids)} resolutions: the decoder of this plan has no more")
 
-    def read(self, name: str, scales: Sequence[Tensor]) -> list[Tensor]:
-        """Return the maps (b, C, *grid) of a module ("sspa" or "uscl"), logits, of the decoder's features."""
-        return self.trained_network(name)(scales)
+    def read(self, scales: Sequence[Tensor]) -> list[Tensor]:
+        """Return SSPA's maps (b, C, *grid) of the decoder's features, logits."""
+        return self.trained_network("sspa")(scales)[0]
+
+    def learn(self, scales: Sequence[Tensor], labeled: Mapping[int, Tensor]) -> list[Tensor]:
+        """Return USCL's maps (b, C, *grid) of the decoder's features, logits; its queries are SSPA's on labeled crops.
+
+        Args:
+            scales: features of unlabeled crops.
+            labeled: those of labeled crops, by index of the decoder's stage; the resolutions that are read suffice.
+        """
+        _, queries = self.trained_network("sspa")(labeled)
+        return self.trained_network("uscl")(scales, [q.mean(0) for q in queries])[0]
 
     def compute_losses(self, batch: dict[str, Any]) -> Iterator[LossGroup]:
         """Yield what labels teach the network and SSPA, then what SSPA and the network teach USCL and one another."""
@@ -85,7 +98,9 @@ class INCLTrainer(SemiSupervisedTrainer):
         weight, truth = s.unsupervised(self.fraction), full_resolution(target)
         output, scales = self.network(batch["data"], scales=True)
         terms = {"loss_supervised": self.supervised_loss(output, target)}
-        terms["loss_proxy"] = self._proxy_loss(self.read("sspa", scales), space.one_hot(truth), space.valid(truth))
+        terms["loss_proxy"] = self._proxy_loss(self.read(scales), space.one_hot(truth), space.valid(truth))
+        # constants, since their graph goes with the first backward pass
+        labeled = {stage: scales[stage].detach() for stage in unwrap(self.trained_network("sspa")).stages}
         del output, scales  # the graph must be gone before the unlabeled pass
         # not the weight of this step: in a warm-up SSPA learns from labels before it teaches
         yield LossGroup(terms, step=() if weight > 0 else ("network", "sspa"))
@@ -94,17 +109,19 @@ class INCLTrainer(SemiSupervisedTrainer):
         output, scales = self.network(unlabeled["strong"], scales=True)
         probs, valid = space.probs(full_resolution(output).detach()), unlabeled["valid"]
         self.watch_foreground("network", space.harden(probs), valid)
-        priors, learned = self.read("sspa", scales), self.read("uscl", scales)
+        with torch.no_grad():
+            priors = self.read(scales)
+        learned = self.learn(scales, labeled)
         similar, alike = [], []
         for m, n in zip(map(space.probs, priors), map(space.probs, learned), strict=True):
             shares, counted = to_cells(probs, valid, n.shape[2:])
             similar.append(dice_distance(n, shares, counted))
-            alike.append(probability_mse(n, m, counted, detach=False))
+            alike.append(probability_mse(n, m, counted))
         terms = {
             "loss_learner": weight * torch.stack(similar).mean(),
             "loss_semantic": weight * s.consistency_weight * torch.stack(alike).mean(),
         }
-        del output, scales, priors, learned, similar, alike
+        del output, scales, labeled, priors, learned, similar, alike
         yield LossGroup(terms, step=("network", "sspa", "uscl"))
 
     def _proxy_loss(self, maps: Sequence[Tensor], channels: Tensor, valid: Tensor) -> Tensor:

@@ -32,6 +32,8 @@ from nnssl.trainers.stepping import LossGroup, Partner
 
 #: Channels after each convolution of the adversary, in units of its width, and its dropout.
 CHANNELS, DROPOUT = (1, 2, 4, 8), 0.5
+#: Decays of its Adam, the authors'.
+BETAS = (0.9, 0.99)
 
 
 class ShapeAdversary(nn.Module):
@@ -87,7 +89,7 @@ class SASSNetTrainer(DistanceMethod):
         patch, s = self.configuration_manager.patch_size, self.settings
         module = self.wrap(ShapeAdversary(self.distances, self.num_input_channels, patch, s.adversary_width), False)
         self.adversary = module
-        self.partners["adversary"] = Partner(module, torch.optim.Adam(module.parameters(), s.adversary_lr))
+        self.partners["adversary"] = Partner(module, torch.optim.Adam(module.parameters(), s.adversary_lr, BETAS))
         # nnU-Net's loader cuts the last items of a batch around foreground (_oversample_last_XX_percent)
         self.uniform = round(self.batch_size * (1 - self.oversample_foreground_percent))
         counts = torch.tensor([float(self.uniform), 1.0], device=self.device)

@@ -55,10 +55,11 @@ def test_a_query_goes_from_each_resolution_to_the_next_and_all_parts_learn(shape
     scales = [
         torch.randn(2, c, *grid, requires_grad=True) for c, grid in ((2, (1,) * len(shape)), (3, grids[1]), (5, shape))
     ]
-    low, high = module(scales)
+    (low, high), queries = module(scales)
     assert low.shape == (2, 3, *grids[1])
     assert high.shape == (2, 3, *shape)
-    high.square().sum().backward()
+    assert [q.shape for q in queries] == [(2, 3, 8)] * 2
+    (high.square().sum() + queries[1].square().sum()).backward()
     assert scales[0].grad is None  # not among the grids
     assert scales[1].grad.any()
     assert scales[2].grad.any()
@@ -66,8 +67,19 @@ def test_a_query_goes_from_each_resolution_to_the_next_and_all_parts_learn(shape
     assert silent == {"layers.0.mix"}  # another output: the first map
 
 
+def test_a_taught_module_looks_at_each_resolution_with_what_it_is_given():
+    grids = {0: (2, 2), 1: (4, 4)}
+    module = SemanticAttention({0: 2, 1: 3}, grids, 3, 8, 2, taught=True)
+    scales, given = [torch.randn(2, 2, 2, 2), torch.randn(2, 3, 4, 4)], [torch.randn(3, 8) for _ in grids]
+    maps, _ = module(scales, given)
+    for layer, query, features, logits in zip(module.layers, given, scales, maps, strict=True):
+        torch.testing.assert_close(logits, layer(query.expand(2, -1, -1), features)[1])
+    sum(m.square().sum() for m in maps).backward()
+    assert all(p.grad is not None for p in module.parameters())  # nothing that would never learn
+
+
 def test_maps_are_in_single_precision_under_autocast():
     module = SemanticAttention({0: 2}, {0: (4, 4)}, 3, 8, 2)
     with torch.autocast("cpu", torch.bfloat16):
-        (maps,) = module([torch.randn(1, 2, 4, 4, dtype=torch.bfloat16)])
+        (maps,), _ = module([torch.randn(1, 2, 4, 4, dtype=torch.bfloat16)])
     assert maps.dtype == torch.float32

@@ -41,7 +41,7 @@ def test_sspas_loss_is_that_of_its_maps_at_the_voxels(build, configuration):
     truth = batch["target"][0]
     with torch.no_grad():
         _, scales = trainer.network(batch["data"], scales=True)
-        maps, expected = trainer.read("sspa", scales), 0.0
+        maps, expected = trainer.read(scales), 0.0
         assert len(maps) == 3 or configuration == "3d_fullres"
         for logits in maps:
             probs = enlarged(logits, truth)
@@ -59,7 +59,10 @@ def test_the_unlabeled_terms_are_the_formula(build):
     similar = alike = 0.0
     with torch.no_grad():
         output, scales = trainer.network(unlabeled["strong"], scales=True)
-        maps = [[z.softmax(1) for z in trainer.read(name, scales)] for name in ("sspa", "uscl")]
+        sspa, uscl = trainer.trained_network("sspa"), trainer.trained_network("uscl")
+        _, queries = sspa(trainer.network(batch["data"], scales=True)[1])
+        found = sspa(scales)[0], uscl(scales, [q.mean(0) for q in queries])[0]
+        maps = [[z.softmax(1) for z in each] for each in found]
         for m, n in zip(*maps, strict=True):
             shares, counted = to_cells(output[0].softmax(1), unlabeled["valid"], m.shape[2:])
             similar += dice_distance(n, shares, counted).item() / len(maps[0])
@@ -80,9 +83,11 @@ def test_every_part_learns_from_its_own_terms(build):
     learners = {
         "loss_supervised": {"head", "encoder"},
         "loss_proxy": {"encoder", "sspa"},
-        "loss_learner": {"encoder", "uscl"},  # the prediction is a constant: its head learns nothing
+        # the prediction is a constant: its head learns nothing; so are SSPA's maps, it learns by its queries alone
+        "loss_learner": {"encoder", "sspa", "uscl"},
         "loss_semantic": {"encoder", "sspa", "uscl"},
     }
+    maps_of_sspa = [layer.mix.weight for layer in parts["sspa"].layers]
     seen = set()
     for group in trainer.compute_losses(batch):
         for name, term in list(group.terms.items()):
@@ -95,6 +100,7 @@ def test_every_part_learns_from_its_own_terms(build):
                 if any(p.grad is not None and p.grad.any() for p in part.parameters())
             }
             assert reached == learners[name], name
+            assert any(w.grad is not None and w.grad.any() for w in maps_of_sspa) == (name == "loss_proxy"), name
             seen.add(name)
         group.terms.clear()
     assert seen == set(learners)

@@ -93,6 +93,11 @@ def test_without_a_crop_that_is_cut_anywhere_the_run_says_so(build, capsys):
     assert math.isfinite(trainer.train_step(next(trainer.dataloader_train))["loss_adversary"])
 
 
+def test_the_adversarys_adam_has_the_authors_decays(build):
+    (group,) = build("SASSNetTrainer").partners["adversary"].optimizer.param_groups
+    assert (group["lr"], group["betas"]) == (1e-4, (0.9, 0.99))
+
+
 def test_each_optimizer_moves_its_own_network_at_its_own_rate(build):
     trainer, batch, _ = groups(build)
     before, rate = weights(trainer.adversary), trainer.learning_rate()
