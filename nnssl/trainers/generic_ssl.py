@@ -136,7 +136,7 @@ class GenericSSLTrainer(SemiSupervisedTrainer):
             self._measure(full_resolution(output), full_resolution(batch["target"]))
         if not s.drs:
             return LossGroup({"loss_supervised_difficulty": self.supervised_loss(output, batch["target"])}, step)
-        weights = self.difficulty.weights()
+        weights = self.difficulty.weights().clamp_min(s.drs_floor)
         loss = class_weighted_supervision(self, output, batch["target"], weights, s.drs_background)
         extremes = {"weight_max": weights.max(), "weight_min": weights.min()}
         return LossGroup({"loss_supervised_difficulty": loss}, step, extremes)

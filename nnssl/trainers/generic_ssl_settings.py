@@ -70,6 +70,7 @@ class GenericSSLSettings(UnsupervisedSettings):
         "average", "how: a moving average (the code), or a sum over the last tau (the paper)", choices=MEMORIES
     )
     drs_norm: str = option("max", "W: K d w (the code), d w (the paper), K d w / max d w (DHC)", choices=NORMS)
+    drs_floor: float = option(0.0, "smallest W: 1 keeps an easy class, such as background, at its full weight", low=0)
     drs_hold: bool = option(True, "leave absent classes alone (the code: an absent class has Dice 1/2)")
     drs_background: bool = option(False, "psi's Dice counts the background too (the paper: true)")
 

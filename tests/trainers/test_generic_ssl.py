@@ -437,6 +437,7 @@ SWITCHES = {
     "drs alpha": {"drs_alpha": 0.5},
     "drs window": {"drs_window": 5},
     "drs sum": {"drs_memory": "sum"},
+    "drs floor": {"drs_floor": 2},
     "bf16": {"sampling_bf16": True},
 }
 
@@ -450,6 +451,12 @@ def test_every_switch_trains_and_makes_a_difference(made, name):
     assert rows[1] != BASELINE[1]
     absent = {"no diffusion": {L_DENO, "agreement"}, "no drs": {"weight_max", "weight_min"}}.get(name, set())
     assert set(rows[0]) == set(BASELINE[0]) - absent
+
+
+def test_no_class_weighs_less_than_the_floor(made):
+    free, held = (steps(made(drs_floor=floor), 1)[0] for floor in (0, 2))
+    assert free["weight_min"] < 2 == held["weight_min"]
+    assert free["weight_max"] == held["weight_max"] > 2
 
 
 def test_svda_trains_on_flat_volumes_and_keeps_labels_and_images_together(made):
