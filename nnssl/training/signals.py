@@ -53,19 +53,41 @@ def leave_when_asked(code: int | None = None) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():  # Python allows handlers nowhere else
         yield
         return
-    owner = os.getpid()
 
     def leave(number: int, frame: object) -> None:
-        if os.getpid() != owner:  # a forked worker, which its parent asks to end
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
         raise SystemExit(128 + number if code is None else code)
 
     free = [number for number in STOP_SIGNALS if signal.getsignal(number) == signal.SIG_DFL]
     for number in free:
         signal.signal(number, leave)
+    _TAKEN.update(free)
     try:
         yield
     finally:
+        _TAKEN.difference_update(free)
         for number in free:
             signal.signal(number, signal.SIG_DFL)
+
+
+#: Signals that `leave_when_asked` answers at present.
+_TAKEN: set[int] = set()
+
+
+def _hold_back() -> None:
+    signal.pthread_sigmask(signal.SIG_BLOCK, _TAKEN)
+
+
+def _let_through() -> None:
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _TAKEN)
+
+
+def _end_by_default() -> None:
+    for number in _TAKEN:
+        signal.signal(number, signal.SIG_DFL)
+    _let_through()
+
+
+if hasattr(os, "register_at_fork"):
+    # A forked worker ends by the signal itself. Python forgets a signal that reaches it before it has found its feet: a
+    # pool that is closed at once would wait for such a worker for ever.
+    os.register_at_fork(before=_hold_back, after_in_parent=_let_through, after_in_child=_end_by_default)
