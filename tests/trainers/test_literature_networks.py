@@ -53,6 +53,7 @@ def test_the_rest_changes_the_network_and_runs_on_the_planned_one():
         "CAMLTrainer",
         "DSTTrainer",
         "DTCTrainer",
+        "INCLTrainer",
         "MCNetTrainer",
         "MLRPLTrainer",
         "SASSNetTrainer",
