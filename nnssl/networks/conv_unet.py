@@ -23,8 +23,8 @@ class ChannelsLastConv3d(nn.Conv3d):
     """A 3D convolution that works channels-last on CPUs, on tensors that are not.
 
     With few channels it takes half the time there, copies apart (torch 2.13, AVX-512): the other layout pads 8 channels
-    to 16. With the copies a rectifier of 8 channels takes three quarters of its time. Norms, interpolation and pooling are faster in the usual layout, which is why
-    the convolution alone changes it; in 2D nothing is gained.
+    to 16. With the copies a rectifier of 8 channels takes three quarters of its time. Norms, interpolation and pooling
+    are faster in the usual layout, which is why the convolution alone changes it; in 2D nothing is gained.
     """
 
     def forward(self, x: Tensor) -> Tensor:
